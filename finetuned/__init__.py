@@ -1,0 +1,1 @@
+"""Trains the dense baselines; checkpoints land in finetuned/saved_models/."""
