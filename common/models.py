@@ -85,8 +85,7 @@ def build_model(
 def check_image_size(name: str, image_size: int) -> None:
     """Raise ValueError, naming sizes that work, where square images of this size do not pass the network."""
     architecture = canonical_name(name)
-    with torch.device("meta"):
-        model = _construct(architecture, num_classes=2).eval()
+    model = _skeleton(architecture, 2).eval()
     failure = _failure(model, image_size)
     if failure:
         fitting = [str(size) for size in PROBE_SIZES if not _failure(model, size)]
@@ -113,6 +112,17 @@ def _construct(architecture: str, *, weights: str | None = None, **options) -> n
         if weights is None:
             options["init_weights"] = True
     return torchvision.models.get_model(architecture, weights=weights, **options)
+
+
+def _skeleton(architecture: str, num_classes: int) -> nn.Module:
+    """The network with shapes but no numbers (meta tensors): VGG16 in milliseconds, and no random draws."""
+    try:
+        with torch.device("meta"):
+            return _construct(architecture, num_classes=num_classes)
+    except NotImplementedError:
+        # RegNet computes its widths with tensors, so it has to be built for real.
+        with torch.random.fork_rng(devices=[]):
+            return _construct(architecture, num_classes=num_classes).to("meta")
 
 
 def _pretrained(architecture: str) -> nn.Module:
@@ -244,15 +254,13 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def _rebuild(state: dict[str, Tensor], architecture: str, num_classes: int | None, path: Path) -> nn.Module:
-    with torch.device("meta"):
-        head = _head_name(_construct(architecture, num_classes=2)) + ".weight"
+    head = _head_name(_skeleton(architecture, 2)) + ".weight"
     if head not in state:
         raise CheckpointError(f"{path} does not hold a {architecture}: it has no tensor {head!r}")
     found = state[head].shape[0]
     if num_classes is not None and found != num_classes:
         raise CheckpointError(f"{path} has a head of {found} classes, but {num_classes} were asked for")
-    with torch.device("meta"):
-        model = _construct(architecture, num_classes=found)
+    model = _skeleton(architecture, found)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in state.items()}
     for name in sorted(wanted.keys() | given.keys()):
