@@ -104,7 +104,7 @@ def layer_ranks(
     Three ranks are (rank_in, rank_mid, rank_out). `full_ranks`, in the same order, are drawn as outlines.
     A layer that another configuration has and this one has not is dense there.
     """
-    layers = list(dict.fromkeys(layer for config in configurations.values() for layer in config))
+    layers = _merged_order([*configurations.values(), full_ranks or {}])
     most = max((len(ranks) for config in configurations.values() for ranks in config.values()), default=1)
     names = {1: ["rank"], 2: ["first rank", "second rank"]}.get(
         most, ["rank_in (or single rank)", "rank_mid", "rank_out"]
@@ -194,6 +194,18 @@ def _ring_chosen(axes: Axes, chosen: Mapping[str, Mapping[str, Any]], cost: str)
             records[key][cost], records[key]["accuracy"], s=150, marker=MARKERS[place + 1], facecolors="none",
             edgecolors="C3", linewidths=1.8, zorder=6, label=" = ".join(labels),
         )  # fmt: skip
+
+
+def _merged_order(configurations: Sequence[Mapping[str, Any]]) -> list[str]:
+    """All layers, each that is new in a configuration right after the one it follows there."""
+    layers: list[str] = []
+    for config in configurations:
+        place = 0
+        for layer in config:
+            if layer not in layers:
+                layers.insert(place, layer)
+            place = layers.index(layer) + 1
+    return layers
 
 
 def _draw_ranks(

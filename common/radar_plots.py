@@ -98,7 +98,10 @@ def _draw_radar(axes: PolarAxes, models: Sequence[ModelResult]) -> None:
     axes.set_ylim(0, 1)
     axes.set_yticks([0.25, 0.5, 0.75, 1.0], labels=[])
     axes.set_xticks(angles, spokes, fontsize=9)
-    axes.tick_params(axis="x", pad=14)
+    for label, angle in zip(axes.get_xticklabels(), angles, strict=True):
+        # Labels grow away from the circle: to the right on its right side, to the left on its left side.
+        side = math.sin(angle)
+        label.set_horizontalalignment("left" if side > 0.1 else "right" if side < -0.1 else "center")
     note = "values outside a spoke's scale are clipped to it"
     axes.text(0.5, -0.17, note, transform=axes.transAxes, ha="center", fontsize=8, color="0.3")
 
