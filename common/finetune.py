@@ -1,8 +1,7 @@
-"""Train, distil and evaluate: the same loop for dense baselines and for compressed candidates."""
+"""The training loop: the same for dense baselines and for compressed candidates, with or without a teacher."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,10 +11,27 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.backends import cudnn
 from tqdm.auto import tqdm
 
 from common.data import Batch, Dataset, Split
-from common.train_state import TrainState, fingerprint
+from common.evaluation import Evaluation, check_head, evaluate, evaluating, predict_logits
+from common.train_settings import TrainSettings, recipe
+from common.train_state import StateMismatch, TrainState, fingerprint
+
+__all__ = [
+    "EpochRecord",
+    "Evaluation",
+    "StateMismatch",
+    "TrainHistory",
+    "TrainSettings",
+    "TrainingDiverged",
+    "evaluate",
+    "evaluating",
+    "predict_logits",
+    "recipe",
+    "train",
+]
 
 LOSS_CHECK_INTERVAL = 20
 """Batches between looks at the loss: each look makes a GPU wait."""
@@ -23,54 +39,6 @@ LOSS_CHECK_INTERVAL = 20
 
 class TrainingDiverged(FloatingPointError):
     """The loss became NaN or infinite."""
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How to train. The learning rate warms up linearly, then falls to zero along a cosine, batch by batch."""
-
-    epochs: int = 3
-    batch_size: int = 128
-    learning_rate: float = 0.05
-    weight_decay: float = 5e-4  # not applied to biases and norms
-    optimizer: str = "sgd"  # "sgd" (Nesterov momentum 0.9) or "adamw"
-    warmup: float = 0.2  # share of all batches
-    label_smoothing: float = 0.0
-    clip_norm: float | None = 5.0  # largest norm of the whole gradient
-    seed: int = 0
-    max_batches_per_epoch: int | None = None
-    augment: bool = True
-    amp: bool | None = None  # bfloat16 autocast; None: on CUDA only
-    distill_weight: float = 0.0  # share of the loss that comes from the teacher
-    distill_temperature: float = 4.0
-
-    def __post_init__(self):
-        rules = {
-            "epochs": (self.epochs >= 1, "at least 1"),
-            "batch_size": (self.batch_size >= 1, "at least 1"),
-            "learning_rate": (self.learning_rate > 0, "positive"),
-            "weight_decay": (self.weight_decay >= 0, "0 or more"),
-            "optimizer": (self.optimizer in ("sgd", "adamw"), "'sgd' or 'adamw'"),
-            "warmup": (0 <= self.warmup < 1, "in [0, 1)"),
-            "label_smoothing": (0 <= self.label_smoothing < 1, "in [0, 1)"),
-            "clip_norm": (self.clip_norm is None or self.clip_norm > 0, "positive or None"),
-            "max_batches_per_epoch": (
-                self.max_batches_per_epoch is None or self.max_batches_per_epoch >= 1,
-                "at least 1 or None",
-            ),
-            "distill_weight": (0 <= self.distill_weight <= 1, "in [0, 1]"),
-            "distill_temperature": (self.distill_temperature > 0, "positive"),
-        }
-        for name, (legal, rule) in rules.items():
-            if not legal:
-                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}")
-
-    def learning_rate_at(self, step: int, total: int) -> float:
-        """Learning rate of batch `step` (from 0) out of `total`."""
-        warm = round(total * self.warmup)
-        if step < warm:
-            return self.learning_rate * (step + 1) / warm
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm + 0.5) / (total - warm)))
 
 
 @dataclass(frozen=True)
@@ -92,60 +60,6 @@ class TrainHistory:
     stopped: bool = False
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Top-1 accuracy (0..1) and mean cross-entropy over `count` images."""
-
-    accuracy: float
-    loss: float
-    count: int
-
-
-def evaluate(model: nn.Module, split: Split, *, batch_size: int = 512, limit: int | None = None) -> Evaluation:
-    """Measure a model on a split, or on its first `limit` images; each module's training flag is restored.
-
-    Raises:
-        ValueError: the split has labels that the model's head does not.
-    """
-    correct, loss, count = 0, 0.0, 0
-    with evaluating(model):
-        for batch in split.batches(batch_size, limit=limit):
-            logits = _logits(model, batch)
-            correct += (logits.argmax(dim=1) == batch.labels).sum()
-            loss += F.cross_entropy(logits, batch.labels, reduction="sum").double()
-            count += len(batch.labels)
-    return Evaluation(accuracy=int(correct) / count, loss=float(loss) / count, count=count)
-
-
-def predict_logits(model: nn.Module, split: Split, batch_size: int = 512) -> Tensor:
-    """Outputs for every image, unaugmented and in split order: (N, classes) float32 on the split's device."""
-    with evaluating(model):
-        return torch.cat([_logits(model, batch) for batch in split.batches(batch_size)])
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards each module has the training flag it had."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-
-
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Forward pass: (B, classes) float32, checked against the labels."""
-    logits = model(batch.images).float()
-    if int(batch.labels.max()) >= logits.shape[1]:
-        raise ValueError(
-            f"the split has label {int(batch.labels.max())}, but the model's head knows 0 to {logits.shape[1] - 1}"
-        )
-    return logits
-
-
 def train(
     model: nn.Module,
     dataset: Dataset,
@@ -159,8 +73,9 @@ def train(
     """Train `model` in place on the training split, on the data set's device; evaluate on validation only.
 
     The result depends on the settings and their seed, not on earlier random draws, and is the same bit for bit
-    on one device, whether or not the run was interrupted and resumed. torch's global generators are left as
-    they were. The model comes back in evaluation mode.
+    on one device, whether or not the run was interrupted and resumed. (On CUDA, deterministic kernels are used
+    where cuDNN has them; pooling that torch sums with atomic additions may differ in the last bits.)
+    torch's global generators are left as they were. The model comes back in evaluation mode, channels-last.
 
     Args:
         teacher_logits: (N_train, classes), from `predict_logits` on the training split; used with distill_weight.
@@ -169,32 +84,35 @@ def train(
         on_epoch: called after each epoch; False ends the training.
 
     Raises:
-        TrainingDiverged: NaN or infinite loss, with epoch and batch.
-        ValueError: the checkpoint belongs to other settings, data or another model; teacher_logits that do not
-            fit, or are missing; fewer than 2 training images; labels that do not fit the head.
+        TrainingDiverged: NaN or infinite loss, with epoch and batch; the model is not usable then.
+        StateMismatch: the checkpoint belongs to other settings, data or another model, or is damaged.
+        ValueError: teacher_logits that do not fit, or are missing; fewer than 2 training images; labels that do
+            not fit the head.
     """
     _check_teacher(teacher_logits, dataset, settings)
-    model.to(dataset.device)
+    steps = _steps_per_epoch(dataset.train, settings)
+    model.to(dataset.device, memory_format=torch.channels_last)
     optimizer = _optimizer(model, settings)
     state = TrainState(model, optimizer, fingerprint(settings, dataset, teacher_logits))
     records = [EpochRecord(**record) for record in state.load(checkpoint)] if checkpoint else []
-    steps = _steps_per_epoch(dataset.train, settings)
     bar = tqdm(total=steps * settings.epochs, initial=steps * len(records), unit="batch", disable=not progress)
+    stopped = False
     with bar, _reproducible(dataset.device):
         for epoch in range(len(records), settings.epochs):
             bar.set_description(f"epoch {epoch + 1}/{settings.epochs}")
             started = time.perf_counter()
             train_loss = _train_epoch(model, optimizer, dataset.train, settings, epoch, teacher_logits, bar)
-            found = evaluate(model, dataset.val)
+            found = evaluate(model, dataset.val, batch_size=settings.batch_size)
             seconds = time.perf_counter() - started
             records.append(EpochRecord(epoch + 1, train_loss, found.accuracy, found.loss, seconds))
             bar.set_postfix(loss=f"{train_loss:.4f}", val=f"{found.accuracy:.4f}")
             if checkpoint:
                 state.save(checkpoint, [asdict(record) for record in records])
             if on_epoch and on_epoch(records[-1]) is False:
+                stopped = epoch + 1 < settings.epochs
                 break
     model.eval()
-    return TrainHistory(tuple(records), stopped=len(records) < settings.epochs)
+    return TrainHistory(tuple(records), stopped)
 
 
 def _train_epoch(
@@ -209,13 +127,11 @@ def _train_epoch(
     """One pass over the training images; returns the mean loss."""
     # All randomness of an epoch follows from (seed, epoch), so a resumed run needs no generator's state.
     seed = settings.seed * 10_007 + epoch
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    steps = _steps_per_epoch(split, settings)
-    batch_size = min(settings.batch_size, len(split))
+    torch.manual_seed(seed)  # dropout draws from the global generator
+    steps, batch_size = _steps_per_epoch(split, settings), min(settings.batch_size, len(split))
     batches = split.batches(
         batch_size,
-        generator=generator,
+        generator=torch.Generator().manual_seed(seed),
         augment=settings.augment,
         limit=steps * batch_size,
         drop_last=True,  # a last batch of one image would stop batch norm
@@ -225,7 +141,10 @@ def _train_epoch(
     for step, batch in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate_at(epoch * steps + step, settings.epochs * steps)
-        loss = _loss(model, batch, settings, teacher_logits)
+        logits = _forward(model, batch.images, settings)
+        if step == 0:
+            check_head(logits, split)
+        loss = _loss(logits, batch, settings, teacher_logits)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if settings.clip_norm is not None:
@@ -239,16 +158,19 @@ def _train_epoch(
     return float(torch.stack(losses).double().mean())
 
 
-def _loss(model: nn.Module, batch: Batch, settings: TrainSettings, teacher_logits: Tensor | None) -> Tensor:
+def _forward(model: nn.Module, images: Tensor, settings: TrainSettings) -> Tensor:
+    """(B, C, S, S) -> logits (B, classes) float32, under bfloat16 autocast where the settings ask for it."""
+    amp = settings.amp if settings.amp is not None else images.is_cuda
+    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=amp):
+        return model(images.contiguous(memory_format=torch.channels_last)).float()
+
+
+def _loss(logits: Tensor, batch: Batch, settings: TrainSettings, teacher_logits: Tensor | None) -> Tensor:
     """(1 - w) * cross-entropy + w * T^2 * KL(teacher || model), Hinton et al. 2015 (arXiv:1503.02531)."""
-    device = batch.images.device.type
-    amp = settings.amp if settings.amp is not None else device == "cuda"
-    with torch.autocast(device, dtype=torch.bfloat16, enabled=amp):
-        logits = _logits(model, batch)
     loss = F.cross_entropy(logits, batch.labels, label_smoothing=settings.label_smoothing)
-    weight, temperature = settings.distill_weight, settings.distill_temperature
-    if weight == 0:
+    if teacher_logits is None:
         return loss
+    weight, temperature = settings.distill_weight, settings.distill_temperature
     distance = F.kl_div(
         F.log_softmax(logits / temperature, dim=1),
         F.log_softmax(teacher_logits[batch.indices].float() / temperature, dim=1),
@@ -271,8 +193,8 @@ def _check_losses(losses: list[Tensor], epoch: int) -> None:
 def _check_teacher(teacher_logits: Tensor | None, dataset: Dataset, settings: TrainSettings) -> None:
     if (teacher_logits is not None) != (settings.distill_weight > 0):
         raise ValueError(
-            f"distill_weight {settings.distill_weight} and teacher_logits "
-            f"({'given' if teacher_logits is not None else 'missing'}) must come together"
+            f"distill_weight > 0 and teacher_logits go together, got distill_weight={settings.distill_weight} "
+            f"and {'no ' if teacher_logits is None else ''}teacher_logits"
         )
     expected = (len(dataset.train), dataset.num_classes)
     if teacher_logits is not None and tuple(teacher_logits.shape) != expected:
@@ -303,12 +225,11 @@ def _optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimiz
 
 @contextmanager
 def _reproducible(device: torch.device) -> Iterator[None]:
-    """Deterministic cuDNN kernels, and torch's global generators as before afterwards."""
-    devices = [device] if device.type == "cuda" else []
-    with (
-        torch.random.fork_rng(devices=devices),
-        torch.backends.cudnn.flags(
-            enabled=True, benchmark=False, deterministic=True, allow_tf32=torch.backends.cudnn.allow_tf32
-        ),
-    ):
-        yield
+    """Deterministic cuDNN kernels inside; afterwards cuDNN's flags and torch's generators are as before."""
+    flags = cudnn.deterministic, cudnn.benchmark
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        cudnn.deterministic, cudnn.benchmark = True, False
+        try:
+            yield
+        finally:
+            cudnn.deterministic, cudnn.benchmark = flags

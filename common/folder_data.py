@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,8 +40,9 @@ class FolderSource:
         decoder = _Decoder(self.files, image_format)
         if len(self.files) * image_format.channels * image_format.image_size**2 > self.memory_limit:
             return StreamedSplit(decoder, labels, image_format)
-        chunks = DataLoader(decoder, batch_size=64, num_workers=_workers(len(self.files)), generator=_own_generator())
-        return Split(torch.cat(list(chunks)).to(device), labels, image_format)
+        with ThreadPoolExecutor() as pool:
+            images = torch.stack(list(pool.map(decoder.__getitem__, range(len(decoder)))))
+        return Split(images.to(device), labels, image_format)
 
 
 class StreamedSplit(Split):

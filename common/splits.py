@@ -56,7 +56,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """What every batch of a data set looks like; mean and std hold one number per channel of the source."""
+    """What every batch of a data set looks like; mean and std hold one number per channel, for pixels in 0..1."""
 
     image_size: int
     channels: int

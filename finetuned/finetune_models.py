@@ -24,7 +24,7 @@ if __package__ in (None, ""):
 
 from common.data import Dataset, load
 from common.files import atomic_path, write_text
-from common.finetune import EpochRecord, TrainingDiverged, TrainSettings, evaluate, train
+from common.finetune import EpochRecord, StateMismatch, TrainingDiverged, TrainSettings, evaluate, recipe, train
 from common.models import (
     FAMILIES,
     CheckpointError,
@@ -49,18 +49,6 @@ class Baseline:
     val_accuracy: float
     test_accuracy: float
     trained_now: bool
-
-
-def recipe(architecture: str, *, pretrained: bool = False) -> TrainSettings:
-    """Settings that train an architecture well in few epochs, from random or from ImageNet weights.
-
-    Networks without batch norm (AlexNet, VGG) need a smaller learning rate and a tighter clip to get going.
-    """
-    normalised = not architecture.startswith(("alexnet", "squeezenet")) and (
-        not architecture.startswith("vgg") or architecture.endswith("_bn")
-    )
-    settings = TrainSettings() if normalised else TrainSettings(learning_rate=0.02, clip_norm=1.0, warmup=0.3)
-    return replace(settings, learning_rate=settings.learning_rate / 5) if pretrained else settings
 
 
 def checkpoint_path(architecture: str, dataset: str, image_size: int, folder: Path = SAVED_MODELS) -> Path:
@@ -110,7 +98,7 @@ def train_baseline(
     """Train one network, read its test accuracy once at the end, and write checkpoint, curve and log.
 
     Args:
-        settings: None takes `recipe`.
+        settings: None takes those of `common.train_settings.recipe`.
         fresh: start over where an unfinished run was left; otherwise it is continued.
 
     Raises:
@@ -120,7 +108,7 @@ def train_baseline(
     architecture = canonical_name(model_name)
     settings = settings or recipe(architecture, pretrained=weights == "imagenet")
     path = checkpoint_path(architecture, dataset.name, dataset.image_size, folder)
-    unfinished = path.with_suffix(".unfinished.pt")
+    unfinished = path.with_suffix(f".{weights}.unfinished.pt")
     if fresh:
         unfinished.unlink(missing_ok=True)
     model = build_model(
@@ -131,7 +119,7 @@ def train_baseline(
         seed=settings.seed,
     )
     history = train(model, dataset, settings, checkpoint=unfinished, progress=progress)
-    test = evaluate(model, dataset.test)
+    test = evaluate(model, dataset.test, batch_size=settings.batch_size)
     record = {
         "model": architecture,
         "dataset": dataset.name,
@@ -246,6 +234,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted; the same command continues after the last finished epoch.", file=sys.stderr)
         return 130
+    except StateMismatch as error:
+        print(f"error: {error} (--fresh does that)", file=sys.stderr)
+        return 2
     except TrainingDiverged as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
