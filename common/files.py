@@ -22,9 +22,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        # mkstemp makes private files; results are meant to be read like any other file of the folder.
-        temporary.chmod(0o644)
         yield temporary
+        # mkstemp, and some writers, make private files; results are meant to be read like any other file.
+        temporary.chmod(0o644)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

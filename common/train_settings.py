@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 UNNORMALISED = ("alexnet", "squeezenet1_0", "squeezenet1_1", "vgg11", "vgg13", "vgg16", "vgg19")
 """torchvision's networks without normalisation layers: they need smaller steps to get going."""
 
+SMALL_DATA = 5000
+"""Training images below which batches of 128 would leave too few steps: batch norm needs about a hundred."""
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -55,10 +58,22 @@ class TrainSettings:
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm + 0.5) / (total - warm)))
 
 
-def recipe(architecture: str, *, pretrained: bool = False) -> TrainSettings:
-    """Settings that train an architecture well in few epochs, from random or from ImageNet weights."""
-    settings = TrainSettings()
+def recipe(architecture: str, *, pretrained: bool = False, train_images: int | None = None) -> TrainSettings:
+    """Settings that train an architecture well in few epochs.
+
+    Args:
+        architecture: canonical name, such as "resnet18".
+        pretrained: start from ImageNet weights, which large steps would destroy.
+        train_images: how many there are, where known; few of them go in small batches.
+    """
+    small = train_images is not None and train_images < SMALL_DATA
     if architecture in UNNORMALISED:
         # Plain SGD takes epochs to leave the plateau around random weights; AdamW takes tens of batches.
         settings = TrainSettings(optimizer="adamw", learning_rate=3e-4, weight_decay=0.01, clip_norm=1.0, warmup=0.3)
-    return replace(settings, learning_rate=settings.learning_rate / 5) if pretrained else settings
+    else:
+        settings = TrainSettings(learning_rate=0.02 if small else 0.05)
+    return replace(
+        settings,
+        batch_size=32 if small else settings.batch_size,
+        learning_rate=settings.learning_rate / 5 if pretrained else settings.learning_rate,
+    )

@@ -106,7 +106,7 @@ def train_baseline(
         TrainingDiverged: the loss became NaN or infinite.
     """
     architecture = canonical_name(model_name)
-    settings = settings or recipe(architecture, pretrained=weights == "imagenet")
+    settings = settings or recipe(architecture, pretrained=weights == "imagenet", train_images=len(dataset.train))
     path = checkpoint_path(architecture, dataset.name, dataset.image_size, folder)
     unfinished = path.with_suffix(f".{weights}.unfinished.pt")
     if fresh:
@@ -166,7 +166,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data-root", metavar="DIR", help="default: $HTD_DATA, else data")
     parser.add_argument("--weights", choices=("none", "imagenet"), default="none")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, help="default: 128, or 32 for small data sets")
     parser.add_argument("--learning-rate", type=float, help="default: what suits the architecture")
     parser.add_argument("--train-limit", type=int, metavar="IMAGES", help="use a stratified subset")
     parser.add_argument("--seed", type=int, default=0)
@@ -195,14 +195,16 @@ def _run(options: argparse.Namespace) -> None:
         train_limit=options.train_limit,
     )
     for architecture in architectures:
+        chosen = {
+            "epochs": options.epochs,
+            "seed": options.seed,
+            "batch_size": options.batch_size,
+            "learning_rate": options.learning_rate,
+        }
         settings = replace(
-            recipe(architecture, pretrained=options.weights == "imagenet"),
-            epochs=options.epochs,
-            batch_size=options.batch_size,
-            seed=options.seed,
+            recipe(architecture, pretrained=options.weights == "imagenet", train_images=len(dataset.train)),
+            **{name: value for name, value in chosen.items() if value is not None},
         )
-        if options.learning_rate is not None:
-            settings = replace(settings, learning_rate=options.learning_rate)
         print(f"{architecture} on {dataset.name}: {len(dataset.train)} images of {dataset.image_size} px")
         done = train_baseline(
             architecture,

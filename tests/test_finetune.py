@@ -308,6 +308,12 @@ def test_networks_without_batch_norm_get_a_recipe_of_their_own():
     assert recipe("resnet18", pretrained=True).learning_rate < recipe("resnet18").learning_rate
 
 
+@pytest.mark.parametrize("architecture", ["resnet18", "alexnet"])
+def test_small_data_sets_get_small_batches(architecture):
+    assert recipe(architecture, train_images=1294).batch_size < recipe(architecture, train_images=54000).batch_size
+    assert recipe(architecture, train_images=54000) == recipe(architecture)
+
+
 def test_baseline_trains_once_then_loads(digits, tmp_path, capsys):
     settings = replace(recipe("resnet18"), epochs=1, max_batches_per_epoch=2, batch_size=8)
     first = baseline("resnet", digits, settings, folder=tmp_path, progress=False)
@@ -372,21 +378,9 @@ def test_bad_command_lines_get_one_line_and_exit_code_2(arguments, message, tmp_
 
 
 def test_ctrl_c_on_the_command_line(tmp_path):
-    options = [
-        "--model",
-        "squeezenet1_1",
-        "--dataset",
-        "digits",
-        "--train-limit",
-        "64",
-        "--epochs",
-        "1000",
-        "--threads",
-        "1",
-        "--out",
-    ]
+    options = ["--model", "squeezenet1_1", "--dataset", "digits", "--train-limit", "64", "--epochs", "1000"]
     process = subprocess.Popen(
-        [sys.executable, "finetuned/finetune_models.py", *options, str(tmp_path)],
+        [sys.executable, "finetuned/finetune_models.py", *options, "--threads", "1", "--out", str(tmp_path)],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -129,6 +129,10 @@ def test_checkpoint_round_trip(saved):
     assert load_checkpoint(path)[1] == metadata
 
 
+def test_checkpoint_can_be_read_by_others(saved):
+    assert saved[0].stat().st_mode & 0o444 == 0o444
+
+
 def test_loaded_tensors_share_no_storage(saved):
     loaded, _ = load_checkpoint(saved[0])
     storages = {parameter.untyped_storage().data_ptr() for parameter in loaded.parameters()}
