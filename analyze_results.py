@@ -175,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
         "--ties",
         choices=TIE_RULES,
         default=TIE_RULES[0],
-        help="among equals take the higher accuracy, then the shorter time (default), or the first in the log",
+        help="among equals take the first in the log (default), or the higher accuracy, then the shorter time",
     )
     parser.add_argument("--no-plots", action="store_true", help="write tables only")
     parser.add_argument(
