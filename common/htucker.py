@@ -30,7 +30,7 @@ Node = tuple[int, ...]
 
 
 def matricize(tensor: Tensor, rows: Sequence[int]) -> Tensor:
-    """Matricization of ``tensor`` with the modes ``rows`` (in that order) as rows and all others, ascending, as columns."""
+    """Matricization of ``tensor``: the modes ``rows`` (in that order) as rows, the others, ascending, as columns."""
     with tensorly.backend_context("pytorch", local_threadsafe=True):
         return tensorly.base.matricize(tensor, tuple(rows))
 
@@ -197,7 +197,7 @@ def hsvd(
     ranks: Mapping[Node, int] | None = None,
     tolerance: float | None = None,
 ) -> HTucker:
-    """Hierarchical SVD: ``tensor`` (n_1, ..., n_d) in HT format, truncated by ``ranks`` or by ``tolerance``, never both.
+    """Hierarchical SVD: ``tensor`` (n_1, ..., n_d) in HT format, truncated by ``ranks`` or ``tolerance``, never both.
 
     With neither, nothing is truncated beyond exact zeros of the matricizations' size. The bases are the leading left
     singular vectors of the nodes' matricizations; ``ranks`` may leave out one child of the root (it is its sibling's).

@@ -1,0 +1,390 @@
+"""One layer's factors: everything that costs an eigendecomposition, done once; truncated to ranks ever after.
+
+The kernel is decomposed in the metric of what the layer computes. With the input's second moment ``C = E[x x^T]`` the
+whitened kernel ``W x_in C^(1/2)`` has as its squared norm the energy of the layer's output (for inputs that are
+uncorrelated between the positions of the window), so truncating it truncates the output. The input leaf gives C^(-1/2)
+back. The output leaf holds the eigenvectors of the measured covariance of the output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from common.htucker import DimensionTree, matricize, mode_product
+from common.layers import (
+    PLANS,
+    Geometry,
+    HTLayer,
+    KernelRanks,
+    MatrixRanks,
+    Ranks,
+    chain_ranks,
+    merge_stages,
+)
+from common.moments import LayerMoments
+from common.trace import LayerTrace
+
+KERNEL_TREE = DimensionTree(((1, 2), (3, 0)))
+"""The dimension tree ((in, kh), (kw, out)) over the modes (out, in, kh, kw) of a kernel."""
+
+WHITENING_FLOOR = 1e-4
+"""Share of the mean variance that is added to every direction before whitening: a direction that the calibration
+images never showed is cheap to drop but can still be represented."""
+
+DOUBLE_PRECISION_UP_TO = 1024
+"""Gram matrices up to this size are decomposed in float64; larger ones (classifiers, mostly) in float32, which halves
+their time and still leaves more digits than a truncation needs."""
+
+BASES = ("weight", "input", "both")
+"""What the bases are made from: the weights alone, the input's second moment, or that and the output's covariance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerFactors:
+    """What every factorised layer knows about itself.
+
+    Attributes:
+        name: dotted name in the model.
+        shape: ``(C_out, C_in, k_h, k_w)`` of a kernel, ``(C_out, C_in)`` of a matrix.
+        bias: ``(C_out,)`` or None.
+        geometry: stride, padding and so on of the dense layer.
+        trace: its input and output shapes.
+        output_mean: the dense layer's mean output per channel ``(C_out,)``, the target of bias correction; None
+            without calibration images.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    bias: Tensor | None = field(repr=False)
+    geometry: Geometry = field(repr=False)
+    trace: LayerTrace = field(repr=False)
+    output_mean: Tensor | None = field(repr=False, default=None)
+
+    @property
+    def dense_params(self) -> int:
+        return math.prod(self.shape) + self._bias_params
+
+    @property
+    def dense_flops(self) -> int:
+        """Multiply-accumulates of the dense layer for one image."""
+        return math.prod(self.shape) * math.prod(self._map_sizes[1])
+
+    @property
+    def _bias_params(self) -> int:
+        return 0 if self.bias is None else self.shape[0]
+
+    @property
+    def _map_sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(H, W) of the input and of the output; (1, 1) for both of a plain linear layer."""
+        if self.geometry.unflatten is not None:
+            return self.geometry.unflatten[1:], (1, 1)
+        if self.geometry.linear:
+            return (1, 1), (1, 1)
+        return self.trace.input_shape[1:], self.trace.output_shape[1:]
+
+    def layer(self, ranks: Ranks) -> HTLayer:
+        """The layer truncated to these ranks, as a new module that shares no tensor with anything.
+
+        Raises:
+            ValueError: if a rank is out of range.
+        """
+        weights = self.truncated(ranks)
+        dtype = self._dtype
+        return HTLayer({group: weight.to(dtype) for group, weight in weights.items()}, self.bias, self.geometry)
+
+    def _refuse(self, what: str, value: object, legal: object) -> None:
+        raise ValueError(f"layer {self.name}: {what} must be {legal}; got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelFactors(LayerFactors):
+    """A k_h x k_w convolution, or a linear layer behind a flatten of C x H x W (k_h = H, k_w = W).
+
+    Attributes:
+        core: ``(C_in, k_h, k_w, full rank_out)``: the whitened kernel in its leaf bases, in falling order of energy.
+        reduce: ``(C_in, C_in)``, whose leading rows are the stage "in": ``U_in^T C^(-1/2)``.
+        expand: ``(C_out, full rank_out)``, whose leading columns are the stage "out": ``U_out``.
+    """
+
+    core: Tensor = field(repr=False)
+    reduce: Tensor = field(repr=False)
+    expand: Tensor = field(repr=False)
+    _middle_cache: dict = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.core.dtype
+
+    @property
+    def full_ranks(self) -> KernelRanks:
+        """The ranks at which the layer is reproduced to rounding."""
+        _, c_in, k_h, k_w = self.shape
+        full_out = self.expand.shape[1]
+        return KernelRanks(c_in, min(c_in * k_h, k_w * full_out), full_out)
+
+    def check(self, ranks: Ranks) -> None:
+        """Raise ValueError unless the leaf ranks are in 1..full and 1 <= rank_mid <= min(rank_in k_h, k_w rank_out)."""
+        if not isinstance(ranks, KernelRanks):
+            self._refuse("ranks", ranks, "KernelRanks(rank_in, rank_mid, rank_out)")
+        full, (_, _, k_h, k_w) = self.full_ranks, self.shape
+        for what in ("rank_in", "rank_out"):
+            if not 1 <= getattr(ranks, what) <= getattr(full, what):
+                self._refuse(what, getattr(ranks, what), f"in 1..{getattr(full, what)}")
+        limit = min(ranks.rank_in * k_h, k_w * ranks.rank_out)
+        if not 1 <= ranks.rank_mid <= limit:
+            self._refuse(
+                f"rank_mid at rank_in {ranks.rank_in} and rank_out {ranks.rank_out}", ranks.rank_mid, f"in 1..{limit}"
+            )
+
+    def truncated(self, ranks: KernelRanks) -> dict[tuple[str, ...], Tensor]:
+        """Stage group -> weight ``(o, i, h, w)`` of the finest plan that these ranks call for."""
+        self.check(ranks)
+        _, _, k_h, k_w = self.shape
+        core = self.core[: ranks.rank_in, :, :, : ranks.rank_out].reshape(ranks.rank_in * k_h, -1)
+        basis, side, _ = self._middle(ranks.rank_in, ranks.rank_out)
+        basis = basis[:, : ranks.rank_mid]
+        left, right = (basis, basis.T @ core) if side == "left" else (core @ basis, basis.T)
+        # The root matrix goes half into each side, so that both are of one size when they are trained on.
+        left_norm, right_norm = left.norm(dim=0), right.norm(dim=1)
+        scale = (right_norm / left_norm).sqrt()
+        scale = torch.where((scale > 1e-6) & (scale < 1e6), scale, torch.ones_like(scale))
+        row = (left * scale).T.reshape(ranks.rank_mid, ranks.rank_in, k_h, 1)
+        col = (right / scale[:, None]).reshape(ranks.rank_mid, 1, k_w, ranks.rank_out).permute(3, 0, 1, 2)
+        chain = {
+            ("in",): self.reduce[: ranks.rank_in, :, None, None],
+            ("row",): row,
+            ("col",): col,
+            ("out",): self.expand[:, : ranks.rank_out, None, None],
+        }
+        return merge_stages(chain, self.groups(ranks))
+
+    def groups(self, ranks: KernelRanks) -> tuple[tuple[str, ...], ...]:
+        """The stages that stay apart: a leaf basis that is whole, or beside a window of size one, is merged."""
+        c_out, c_in, k_h, k_w = self.shape
+        merge_in = ranks.rank_in == c_in or k_h == 1
+        merge_out = ranks.rank_out == c_out or k_w == 1
+        names = {(False, False): "chain", (True, False): "output-chain", (False, True): "input-chain"}
+        return PLANS[names.get((merge_in, merge_out), "separable")]
+
+    def params(self, ranks: KernelRanks) -> int:
+        """Parameters of the truncated layer, bias included."""
+        return sum(self._group_sizes(ranks, self.groups(ranks))) + self._bias_params
+
+    def flops(self, ranks: KernelRanks, groups: Sequence[tuple[str, ...]] | None = None) -> int:
+        """Multiply-accumulates of the truncated layer for one image, in its finest plan or in the given one."""
+        groups = groups or self.groups(ranks)
+        (height, width), (height_out, width_out) = self._map_sizes
+        total = 0
+        for group, size in zip(groups, self._group_sizes(ranks, groups), strict=True):
+            height = height_out if "row" in group else height
+            width = width_out if "col" in group else width
+            total += size * height * width
+        return total
+
+    def _group_sizes(self, ranks: KernelRanks, groups: Sequence[tuple[str, ...]]) -> list[int]:
+        c_out, c_in, k_h, k_w = self.shape
+        edges = [c_in, *chain_ranks(groups, ranks), c_out]
+        windows = [(k_h if "row" in group else 1) * (k_w if "col" in group else 1) for group in groups]
+        return [a * b * window for a, b, window in zip(edges[:-1], edges[1:], windows, strict=True)]
+
+    def output_error(self, ranks: KernelRanks) -> float:
+        """Relative squared error of the output that these ranks cause: discarded over total energy, in 0..1."""
+        self.check(ranks)
+        return float(self.output_errors(ranks.rank_in, ranks.rank_out)[ranks.rank_mid - 1])
+
+    def output_errors(self, rank_in: int, rank_out: int) -> Tensor:
+        """Relative squared errors for rank_mid = 1, 2, ..., its limit, at these leaf ranks."""
+        kept = self._middle(rank_in, rank_out)[2].cumsum(0)
+        return (1 - kept / self.energy).clamp(0, 1)
+
+    @cached_property
+    def energy(self) -> float:
+        """Squared norm of the whitened kernel: the output's energy, up to correlations between positions."""
+        return (
+            float(self.core.double().square().sum()) if self.core.numel() < 2**26 else float(self.core.square().sum())
+        )
+
+    def edge_energies(self, edge: str) -> Tensor:
+        """Squared singular values, falling, of the edge "in", "mid" or "out" of the whole whitened kernel."""
+        if edge == "mid":
+            full = self.full_ranks
+            return self._middle(full.rank_in, full.rank_out)[2]
+        energies = self.core.square().sum((1, 2, 3) if edge == "in" else (0, 1, 2)).double()
+        return energies.sort(descending=True).values
+
+    def _middle(self, rank_in: int, rank_out: int) -> tuple[Tensor, str, Tensor]:
+        """Singular basis of the middle edge at these leaf ranks, on its smaller side, and the squared singular values.
+
+        Cached: candidates share most of their leaf ranks, so that a search pays for each pair once.
+        """
+        key = (rank_in, rank_out)
+        if key not in self._middle_cache:
+            matrix = self.core[:rank_in, :, :, :rank_out].reshape(rank_in * self.shape[2], -1)
+            side = "left" if matrix.shape[0] <= matrix.shape[1] else "right"
+            values, basis = falling_eigenbasis(matrix @ matrix.T if side == "left" else matrix.T @ matrix)
+            self._middle_cache[key] = (basis.to(self._dtype), side, values.clamp_min(0))
+        return self._middle_cache[key]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixFactors(LayerFactors):
+    """A 1 x 1 convolution or a linear layer: one inner edge.
+
+    Projecting the output on the leading eigenvectors of its covariance is the best approximation of any given rank
+    in the mean square of the output (Eckart and Young in the metric of the inputs), so no whitening is needed.
+
+    Attributes:
+        reduce: ``(full rank, C_in)``: ``U^T W``, whose leading rows are the stage "in".
+        expand: ``(C_out, full rank)``: ``U``, whose leading columns are the stage "out".
+        energies: ``(full rank,)`` output variance along each column of U, in falling order.
+    """
+
+    reduce: Tensor = field(repr=False)
+    expand: Tensor = field(repr=False)
+    energies: Tensor = field(repr=False)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.reduce.dtype
+
+    @property
+    def full_ranks(self) -> MatrixRanks:
+        return MatrixRanks(self.reduce.shape[0])
+
+    def check(self, ranks: Ranks) -> None:
+        """Raise ValueError unless 1 <= rank <= min(C_out, C_in)."""
+        if not isinstance(ranks, MatrixRanks):
+            self._refuse("ranks", ranks, "MatrixRanks(rank)")
+        if not 1 <= ranks.rank <= self.full_ranks.rank:
+            self._refuse("rank", ranks.rank, f"in 1..{self.full_ranks.rank}")
+
+    def truncated(self, ranks: MatrixRanks) -> dict[tuple[str, ...], Tensor]:
+        """Stage -> weight ``(o, i)``, scaled so that both are of one size when they are trained on."""
+        self.check(ranks)
+        reduce, expand = self.reduce[: ranks.rank], self.expand[:, : ranks.rank]
+        scale = (expand.norm() / reduce.norm().clamp_min(1e-12)).sqrt()
+        return {("in",): reduce * scale, ("out",): expand / scale}
+
+    def params(self, ranks: MatrixRanks) -> int:
+        """Parameters of the truncated layer, bias included."""
+        return ranks.rank * sum(self.shape) + self._bias_params
+
+    def flops(self, ranks: MatrixRanks) -> int:
+        """Multiply-accumulates of the truncated layer for one image (a stride acts in the first stage)."""
+        return ranks.rank * sum(self.shape) * math.prod(self._map_sizes[1])
+
+    def output_error(self, ranks: MatrixRanks) -> float:
+        """Relative squared error of the output that this rank causes: discarded over total variance, in 0..1."""
+        self.check(ranks)
+        return float(self.output_errors()[ranks.rank - 1])
+
+    def output_errors(self) -> Tensor:
+        """Relative squared errors for rank = 1, 2, ..., full."""
+        return (1 - self.energies.cumsum(0) / self.energies.sum()).clamp(0, 1)
+
+    def edge_energies(self, edge: str = "mid") -> Tensor:
+        """Squared singular values of the one edge, in falling order."""
+        return self.energies
+
+
+def falling_eigenbasis(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (falling) and eigenvectors (columns) of ``gram: (n, n)``, in float64 unless n is large."""
+    if len(gram) <= DOUBLE_PRECISION_UP_TO:
+        gram = gram.double()
+    values, vectors = torch.linalg.eigh(gram)
+    return values.flip(0), vectors.flip(1)
+
+
+def factorize_kernel(
+    name: str, layer: nn.Conv2d | nn.Linear, trace: LayerTrace, moments: LayerMoments | None, bases: str
+) -> KernelFactors:
+    """Factorise a layer whose weight is a kernel ``W: (C_out, C_in, k_h, k_w)``; see :class:`KernelFactors`."""
+    weight = layer.weight.detach()
+    if trace.unflatten is not None:
+        weight = weight.reshape(len(weight), *trace.unflatten)
+    precise = weight.double() if weight.shape[0] <= DOUBLE_PRECISION_UP_TO else weight
+    whiten, unwhiten = _whitening(moments.input_moment.to(precise)) if moments and bases != "weight" else (None, None)
+    whitened = precise if whiten is None else mode_product(precise, whiten, 1)
+
+    _, basis_in = falling_eigenbasis(_gram(matricize(whitened, (1,))))
+    covariance = moments.output_covariance if moments and bases == "both" else None
+    _, basis_out = _output_basis(matricize(whitened, (0,)), covariance)
+    basis_in, basis_out = basis_in.to(precise), basis_out.to(precise)
+
+    core = mode_product(mode_product(whitened, basis_in.T, 1), basis_out.T, 0)
+    reduce = basis_in.T if unwhiten is None else basis_in.T @ unwhiten
+    return KernelFactors(
+        core=core.permute(1, 2, 3, 0).contiguous().to(weight),
+        reduce=reduce.to(weight),
+        expand=basis_out.to(weight),
+        shape=tuple(weight.shape),
+        **_described(name, layer, trace, moments),
+    )
+
+
+def factorize_matrix(
+    name: str, layer: nn.Conv2d | nn.Linear, trace: LayerTrace, moments: LayerMoments | None, bases: str
+) -> MatrixFactors:
+    """Factorise a layer whose weight is a matrix ``W: (C_out, C_in)``; see :class:`MatrixFactors`."""
+    weight = layer.weight.detach().flatten(1)
+    precise = weight.double() if max(weight.shape) <= DOUBLE_PRECISION_UP_TO else weight
+    energies, basis = _output_basis(precise, moments.output_covariance if moments and bases != "weight" else None)
+    basis = basis.to(precise)
+    return MatrixFactors(
+        reduce=(basis.T @ precise).to(weight),
+        expand=basis.to(weight),
+        energies=energies.clamp_min(0),
+        shape=tuple(weight.shape),
+        **_described(name, layer, trace, moments),
+    )
+
+
+def _described(name: str, layer: nn.Module, trace: LayerTrace, moments: LayerMoments | None) -> dict:
+    weight, bias = layer.weight, layer.bias
+    return {
+        "name": name,
+        "bias": None if bias is None else bias.detach().clone(),
+        "geometry": Geometry.of(layer, trace.unflatten),
+        "trace": trace,
+        "output_mean": None if moments is None else moments.output_mean.to(weight),
+    }
+
+
+def _gram(matrix: Tensor) -> Tensor:
+    return matrix @ matrix.T
+
+
+def _output_basis(weight: Tensor, covariance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output energies (falling) and the orthonormal output basis ``(C_out, min(C_out, n))`` of ``weight: (C_out, n)``.
+
+    The basis is the eigenvectors of the output covariance, or of the weights' own Gram matrix where there is none. Two
+    things make the full basis reproduce the layer whatever the images were: it is sought within the range of the
+    weights, and a little of their Gram matrix orders the directions that the images never showed.
+    """
+    tall = weight.shape[0] > weight.shape[1]
+    span = torch.linalg.qr(weight).Q if tall else None
+    gram = _gram(span.T @ weight if tall else weight)
+    if covariance is not None:
+        covariance = covariance.to(gram)
+        covariance = span.T @ covariance @ span if tall else covariance
+        gram = covariance / _trace(covariance) + WHITENING_FLOOR * gram / _trace(gram)
+    energies, basis = falling_eigenbasis(gram)
+    return energies, span @ basis.to(span) if tall else basis
+
+
+def _trace(matrix: Tensor) -> Tensor:
+    return matrix.diagonal().sum().clamp_min(torch.finfo(matrix.dtype).tiny)
+
+
+def _whitening(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """C^(1/2) and C^(-1/2) of the regularised second moment ``C: (n, n)``."""
+    values, vectors = falling_eigenbasis(moment)
+    floor = WHITENING_FLOOR * values.clamp_min(0).mean().clamp_min(torch.finfo(values.dtype).tiny)
+    root = (values.clamp_min(0) + floor).sqrt()
+    return ((vectors * root) @ vectors.T).to(moment), ((vectors / root) @ vectors.T).to(moment)
