@@ -193,6 +193,16 @@ def test_weight_decay_spares_biases_and_norms(digits):
         assert torch.allclose(before, after) == (before.ndim <= 1), name
 
 
+def test_clipping_bounds_each_step(digits):
+    """A step of plain descent is at most learning rate x norm; Nesterov momentum makes the first one 1.9 times that."""
+    settings = replace(
+        SETTINGS, epochs=1, max_batches_per_epoch=1, warmup=0.0, learning_rate=0.1, clip_norm=1e-3, weight_decay=0.0
+    )
+    start, (model, _) = small_network(), trained(digits, settings)
+    moved = [(b - a).norm() for a, b in zip(start.parameters(), model.parameters(), strict=True)]
+    assert 0 < torch.stack(moved).norm() < 1.01 * 1.9 * 0.1 * 1e-3
+
+
 def test_frozen_parameters_stay(digits):
     model = small_network()
     model[0].weight.requires_grad_(False)
