@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -64,7 +63,7 @@ def correct_biases(model: nn.Module, images: Tensor, output_means: Mapping[str, 
 
 
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Replace every running mean and variance by the average over ``batches``, each normalised by its own statistics."""
+    """Replace every running mean and variance by the average over ``batches``, normalised by its own."""
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return

@@ -1,0 +1,302 @@
+"""Which ranks: a menu of good choices per layer, and the classic rules that give every layer its ranks at once.
+
+A menu is the Pareto front of cost against output error over a grid of ranks, computed from the factors alone, without
+a single pass of the network. The classic rules (uniform, singular-value energy, VBMF) are what the policy has to beat;
+each has one knob, which `meet_budget` turns until the network's FLOPs fit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.compress import ModelFactors
+from common.factors import KernelFactors, MatrixFactors
+from common.layers import KernelRanks, MatrixRanks, Ranks
+from common.vbmf import evbmf_from_singular_values
+
+RANK_MULTIPLE = 8
+"""Ranks of wide modes are multiples of this: vector units and tensor cores like them."""
+
+WIDE_FROM = 64
+"""A mode of at least this many channels is wide."""
+
+GRID_RATIO = 1.3
+"""Neighbouring ranks of the grid differ by about this factor, so that a menu is as fine at 16 as it is at 256."""
+
+BALANCE = 30.0
+"""Pairs of leaf ranks that discard energies more unequal than this are left out: the smaller leaf is then wasted."""
+
+
+@dataclass(frozen=True)
+class MenuEntry:
+    """One choice for a layer: its ranks (None: dense), its cost alone, and what it does to the layer's output.
+
+    `error` is the relative squared error of the layer's output, 0 for dense.
+    """
+
+    ranks: Ranks | None
+    params: int
+    flops: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What counts as cost: a weighted mix of shares of the dense network's FLOPs and parameters.
+
+    `Cost(flops=1)` counts FLOPs, `Cost(flops=0, params=1)` parameters. The weights must not be negative nor both zero.
+    """
+
+    flops: float = 1.0
+    params: float = 0.0
+
+    def __post_init__(self) -> None:
+        if min(self.flops, self.params) < 0 or self.flops + self.params <= 0:
+            raise ValueError(f"the weights of a cost must not be negative, nor both 0; got {self}")
+
+    def share(self, flops: float, params: float, factors: ModelFactors) -> float:
+        """Share of the dense network's cost: 1 for the whole dense network."""
+        mixed = self.flops * flops / factors.dense_flops + self.params * params / factors.dense_params
+        return mixed / (self.flops + self.params)
+
+
+Menus = Mapping[str, tuple[MenuEntry, ...]]
+
+
+def rank_grid(limit: int) -> list[int]:
+    """Candidate ranks 1..limit in a roughly geometric grid, multiples of RANK_MULTIPLE where the mode is wide."""
+    step = RANK_MULTIPLE if limit >= WIDE_FROM else 1
+    grid, rank = [], step
+    while rank < limit:
+        grid.append(rank)
+        rank = max(rank + step, round(rank * GRID_RATIO / step) * step)
+    return [*grid, limit]
+
+
+def build_menus(factors: ModelFactors, *, cost: Cost | None = None, size: int = 16) -> dict[str, tuple[MenuEntry, ...]]:
+    """Layer name -> its menu of at most `size` entries, from the cheapest to the dense layer.
+
+    Raises:
+        ValueError: if size is below 2.
+    """
+    if size < 2:
+        raise ValueError(f"a menu holds at least 2 entries; got size={size}")
+    cost = cost or Cost()
+    menus = {}
+    for name, layer in factors.layers.items():
+        entries = [entry for entry in _grid_entries(layer) if entry.error < 1]
+        front = _pareto_front(entries, lambda e: cost.share(e.flops, e.params, factors))
+        dense = MenuEntry(None, layer.dense_params, layer.dense_flops, 0.0)
+        limit = cost.share(dense.flops, dense.params, factors)
+        front = [entry for entry in front if cost.share(entry.flops, entry.params, factors) < limit]
+        menus[name] = (*_thinned(front, size - 1), dense)
+    return menus
+
+
+def _grid_entries(layer: KernelFactors | MatrixFactors) -> Iterator[MenuEntry]:
+    if isinstance(layer, MatrixFactors):
+        errors = layer.output_errors().tolist()
+        for rank in rank_grid(layer.full_ranks.rank):
+            yield _entry(layer, MatrixRanks(rank), errors[rank - 1])
+        return
+    full = layer.full_ranks
+    for rank_in, rank_out in _balanced_pairs(layer):
+        errors = layer.output_errors(rank_in, rank_out).tolist()
+        for rank_mid in rank_grid(max(full.rank_in, full.rank_out)):
+            if rank_mid <= len(errors):
+                yield _entry(layer, KernelRanks(rank_in, rank_mid, rank_out), errors[rank_mid - 1])
+
+
+def _entry(layer: KernelFactors | MatrixFactors, ranks: Ranks, error: float) -> MenuEntry:
+    return MenuEntry(ranks, layer.params(ranks), layer.flops(ranks), error)
+
+
+def _balanced_pairs(layer: KernelFactors) -> list[tuple[int, int]]:
+    """Leaf ranks (in, out) that discard comparable shares of the energy, each at most half of its mode or all of it."""
+    tails = {}
+    for edge, full in (("in", layer.full_ranks.rank_in), ("out", layer.full_ranks.rank_out)):
+        energies = layer.edge_energies(edge)
+        tail = (1 - energies.cumsum(0) / energies.sum()).clamp_min(1e-7).tolist()
+        tails[edge] = {r: tail[r - 1] for r in rank_grid(full) if r <= max(full // 2, 8) or r == full}
+    return [
+        (rank_in, rank_out)
+        for rank_in, tail_in in tails["in"].items()
+        for rank_out, tail_out in tails["out"].items()
+        if 1 / BALANCE <= tail_in / tail_out <= BALANCE
+        or rank_in == layer.full_ranks.rank_in
+        or rank_out == layer.full_ranks.rank_out
+    ]
+
+
+def _pareto_front(entries: list[MenuEntry], cost: Callable[[MenuEntry], float]) -> list[MenuEntry]:
+    """The entries that no other beats in both cost and error, from the cheapest on."""
+    front: list[MenuEntry] = []
+    for entry in sorted(entries, key=lambda e: (cost(e), e.error)):
+        if not front or entry.error < front[-1].error:
+            front.append(entry)
+    return front
+
+
+def _thinned(front: list[MenuEntry], size: int) -> list[MenuEntry]:
+    """At most `size` entries, evenly spaced in the logarithm of the error (the first and the last are kept)."""
+    if len(front) <= size:
+        return front
+    position = np.log(np.maximum([entry.error for entry in front], 1e-9))
+    wanted = np.linspace(position[0], position[-1], size)
+    picked = sorted({int(np.abs(position - target).argmin()) for target in wanted})
+    return [front[i] for i in picked]
+
+
+def uniform(factors: ModelFactors, fraction: float) -> dict[str, Ranks]:
+    """Every layer's ranks as the same fraction of its channels: (f C_in, f max(C_in, C_out), f C_out).
+
+    Raises:
+        ValueError: unless 0 < fraction <= 1.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must be in (0, 1]; got {fraction}")
+
+    def wanted(layer: KernelFactors | MatrixFactors) -> tuple[float, ...]:
+        c_out, c_in = layer.shape[:2]
+        if isinstance(layer, MatrixFactors):
+            return (fraction * min(c_out, c_in),)
+        return (fraction * c_in, fraction * max(c_in, c_out), fraction * c_out)
+
+    return {name: _legal(layer, wanted(layer)) for name, layer in factors.layers.items()}
+
+
+def energy(factors: ModelFactors, threshold: float) -> dict[str, Ranks]:
+    """The smallest ranks whose singular values keep `threshold` of the squared norm on every edge.
+
+    Raises:
+        ValueError: unless 0 < threshold <= 1.
+    """
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold must be in (0, 1]; got {threshold}")
+
+    def kept(layer: KernelFactors | MatrixFactors, edge: str) -> int:
+        energies = layer.edge_energies(edge)
+        return int((energies.cumsum(0) < threshold * energies.sum()).sum()) + 1
+
+    return {
+        name: _legal(layer, tuple(kept(layer, edge) for edge in _edges(layer)))
+        for name, layer in factors.layers.items()
+    }
+
+
+def vbmf(factors: ModelFactors, scale: float = 1.0) -> dict[str, Ranks]:
+    """The ranks that EVBMF finds on every edge's matricization, times `scale` (which is what meets a budget).
+
+    Source: Nakajima et al., JMLR 14 (2013); Kim et al., ICLR 2016, use it to choose Tucker ranks.
+
+    Raises:
+        ValueError: unless scale > 0.
+    """
+    if not scale > 0:
+        raise ValueError(f"scale must be positive; got {scale}")
+    return {
+        name: _legal(layer, tuple(scale * rank for rank in _vbmf_ranks(layer)))
+        for name, layer in factors.layers.items()
+    }
+
+
+def _vbmf_ranks(layer: KernelFactors | MatrixFactors) -> tuple[int, ...]:
+    ranks = []
+    for edge in _edges(layer):
+        values = layer.edge_energies(edge).sqrt().cpu().numpy()
+        ranks.append(max(1, evbmf_from_singular_values(values, _edge_shape(layer, edge)).rank))
+    return tuple(ranks)
+
+
+def _edges(layer: KernelFactors | MatrixFactors) -> tuple[str, ...]:
+    return ("mid",) if isinstance(layer, MatrixFactors) else ("in", "mid", "out")
+
+
+def _edge_shape(layer: KernelFactors | MatrixFactors, edge: str) -> tuple[int, int]:
+    """(rows, columns) of the edge's matricization."""
+    if isinstance(layer, MatrixFactors):
+        return layer.shape[0], layer.shape[1]
+    c_out, c_in, k_h, _ = layer.shape
+    rows = {"in": c_in, "mid": c_in * k_h, "out": c_out}[edge]
+    return rows, math.prod(layer.shape) // rows
+
+
+def _legal(layer: KernelFactors | MatrixFactors, wanted: tuple[float, ...]) -> Ranks:
+    """The nearest ranks that the layer allows: a rule's formula knows nothing of the tree's limits."""
+
+    def near(value: float, limit: int) -> int:
+        return min(max(1, round(value)), limit)
+
+    full = layer.full_ranks
+    if isinstance(full, MatrixRanks):
+        return MatrixRanks(near(wanted[0], full.rank))
+    rank_in, rank_out = near(wanted[0], full.rank_in), near(wanted[2], full.rank_out)
+    limit = min(rank_in * layer.shape[2], layer.shape[3] * rank_out)
+    return KernelRanks(rank_in, near(wanted[1], limit), rank_out)
+
+
+RULES: Mapping[str, tuple[Callable[[ModelFactors, float], dict[str, Ranks]], float, float]] = {
+    "uniform": (uniform, 1e-3, 1.0),
+    "energy": (energy, 1e-3, 1.0),
+    "vbmf": (vbmf, 1e-3, 50.0),
+}
+"""Classic rule -> (function of factors and knob, least knob, largest knob). FLOPs grow with the knob."""
+
+
+def meet_budget(
+    rule: str,
+    chooser: ModelFactors,
+    budget: float,
+    *,
+    cost: Cost | None = None,
+    priced: ModelFactors | None = None,
+    steps: int = 24,
+) -> dict[str, Ranks]:
+    """The largest configuration of a classic rule whose share of the dense cost is at most `budget`, by bisection.
+
+    A layer that would cost more than dense at its ranks stays dense. The last layers to be afforded are not patched:
+    rules are compared as they are, at the same budget.
+
+    Args:
+        chooser: the factors whose singular values the rule looks at (classic rules look at the weights').
+        priced: the factors that are compressed with; the same by default.
+
+    Raises:
+        ValueError: an unknown rule, or a budget below what the rule's smallest ranks cost.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}; got {rule!r}")
+    priced, cost = priced or chooser, cost or Cost()
+    make, low, high = RULES[rule]
+
+    def attempt(knob: float) -> tuple[dict[str, Ranks], float]:
+        config = worthwhile(priced, make(chooser, knob), cost)
+        return config, cost.share(priced.flops(config), priced.params(config), priced)
+
+    best, least = attempt(low)
+    if least > budget:
+        raise ValueError(f"rule {rule}: its smallest ranks keep {least:.3f} of the dense cost, above {budget}")
+    for _ in range(steps):
+        middle = math.sqrt(low * high)
+        config, share = attempt(middle)
+        if share <= budget:
+            best, low = config, middle
+        else:
+            high = middle
+    return best
+
+
+def worthwhile(factors: ModelFactors, config: Mapping[str, Ranks], cost: Cost | None = None) -> dict[str, Ranks]:
+    """The configuration without the layers that cost at least as much as dense at their ranks."""
+    cost = cost or Cost()
+
+    def cheaper(name: str, ranks: Ranks) -> bool:
+        layer = factors.layers[name]
+        own = cost.share(layer.flops(ranks), layer.params(ranks), factors)
+        return own < cost.share(layer.dense_flops, layer.dense_params, factors)
+
+    return {name: ranks for name, ranks in config.items() if cheaper(name, ranks)}
