@@ -31,32 +31,40 @@ class LayerMoments:
 
 
 class _Accumulator:
-    """Running sums of x x^T and x over rows of ``(rows, channels)`` matrices."""
+    """Running moments of the rows of ``(rows, channels)`` matrices.
+
+    Summed about the first batch's mean: the covariance of outputs that hardly vary around a large mean would otherwise
+    be the difference of two large numbers, and come out as rounding noise.
+    """
 
     def __init__(self) -> None:
-        self.count, self.total, self.square = 0, 0.0, 0.0
+        self.count, self.origin, self.total, self.square = 0, 0.0, 0.0, 0.0
 
     def add(self, rows: Tensor) -> None:
+        if not self.count:
+            self.origin = rows.mean(0)
+        rows = rows - self.origin
         self.count += len(rows)
         self.total = self.total + rows.sum(0).double()
         self.square = self.square + (rows.T @ rows).double()
 
     @property
     def mean(self) -> Tensor:
-        return self.total / self.count
+        return self.origin.double() + self.total / self.count
 
     @property
     def moment(self) -> Tensor:
-        return self.square / self.count
+        return self.covariance + torch.outer(self.mean, self.mean)
 
     @property
     def covariance(self) -> Tensor:
-        return self.moment - torch.outer(self.mean, self.mean)
+        shift = self.total / self.count
+        return self.square / self.count - torch.outer(shift, shift)
 
 
-def channels_last_rows(features: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N H W, C); (N, C) stays."""
-    return features if features.ndim == 2 else features.movedim(1, -1).flatten(0, -2)
+def channels_last_rows(features: Tensor, axis: int = 1) -> Tensor:
+    """(N, C, H, W) -> (N H W, C), or (N, ..., C) -> (N ..., C) with the channels' ``axis`` -1; (N, C) stays."""
+    return features.movedim(axis, -1).flatten(0, -2)
 
 
 def gather_moments(
@@ -86,11 +94,11 @@ def gather_moments(
     def observe(name: str):
         unflatten = traces[name].unflatten
 
-        def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             if name in inputs:
                 x = arguments[0] if unflatten is None else arguments[0].reshape(-1, *unflatten)
                 inputs[name].add(channels_last_rows(x))
-            outputs[name].add(channels_last_rows(output))
+            outputs[name].add(channels_last_rows(output, -1 if isinstance(module, nn.Linear) else 1))
 
         return hook
 
