@@ -14,7 +14,21 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from common.compressed_files import load_compressed, save_compressed
 from common.files import atomic_path
+
+__all__ = [
+    "DENSE_FORMAT",
+    "FAMILIES",
+    "CheckpointError",
+    "build_model",
+    "canonical_name",
+    "check_image_size",
+    "load_checkpoint",
+    "load_compressed",
+    "save_checkpoint",
+    "save_compressed",
+]
 
 FAMILIES = {"alexnet": "alexnet", "vgg": "vgg16", "resnet": "resnet18"}
 """Family name -> the architecture it stands for."""
