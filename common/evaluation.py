@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.cost import evaluating
 from common.splits import Split
 
 
@@ -29,7 +28,7 @@ def evaluate(model: nn.Module, split: Split, *, batch_size: int = 512, limit: in
         ValueError: the split has labels that the model's head does not.
     """
     correct, loss, count = 0, 0.0, 0
-    with evaluating(model):
+    with evaluating(model), torch.no_grad():
         for batch in split.batches(batch_size, limit=limit):
             logits = model(batch.images).float()
             if count == 0:
@@ -42,7 +41,7 @@ def evaluate(model: nn.Module, split: Split, *, batch_size: int = 512, limit: in
 
 def predict_logits(model: nn.Module, split: Split, batch_size: int = 512) -> Tensor:
     """Outputs for every image, unaugmented and in split order: (N, classes) float32 on the split's device."""
-    with evaluating(model):
+    with evaluating(model), torch.no_grad():
         return torch.cat([model(batch.images).float() for batch in split.batches(batch_size)])
 
 
@@ -54,16 +53,3 @@ def check_head(logits: Tensor, split: Split) -> None:
             f"the split has labels up to {largest}, but the model's head has {logits.shape[1]} outputs "
             f"(labels 0 to {logits.shape[1] - 1})"
         )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards each module has the training flag it had."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, flag in flags:
-            module.training = flag

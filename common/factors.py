@@ -41,6 +41,9 @@ DOUBLE_PRECISION_UP_TO = 1024
 """Gram matrices up to this size are decomposed in float64; larger ones (classifiers, mostly) in float32, which halves
 their time and still leaves more digits than a truncation needs."""
 
+CACHED_BASES = 16
+"""How many middle bases a layer keeps; each is a square matrix of up to a few hundred rows."""
+
 BASES = ("weight", "input", "both")
 """What the bases are made from: the weights alone, the input's second moment, or that and the output's covariance."""
 
@@ -115,7 +118,7 @@ class KernelFactors(LayerFactors):
     core: Tensor = field(repr=False)
     reduce: Tensor = field(repr=False)
     expand: Tensor = field(repr=False)
-    _middle_cache: dict = field(default_factory=dict, repr=False, compare=False)
+    _cache: dict = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -147,7 +150,7 @@ class KernelFactors(LayerFactors):
         self.check(ranks)
         _, _, k_h, k_w = self.shape
         core = self.core[: ranks.rank_in, :, :, : ranks.rank_out].reshape(ranks.rank_in * k_h, -1)
-        basis, side, _ = self._middle(ranks.rank_in, ranks.rank_out)
+        basis, side = self._middle(ranks.rank_in, ranks.rank_out)
         basis = basis[:, : ranks.rank_mid]
         left, right = (basis, basis.T @ core) if side == "left" else (core @ basis, basis.T)
         # The root matrix goes half into each side, so that both are of one size when they are trained on.
@@ -200,7 +203,7 @@ class KernelFactors(LayerFactors):
 
     def output_errors(self, rank_in: int, rank_out: int) -> Tensor:
         """Relative squared errors for rank_mid = 1, 2, ..., its limit, at these leaf ranks."""
-        kept = self._middle(rank_in, rank_out)[2].cumsum(0)
+        kept = self._middle_energies(rank_in, rank_out).cumsum(0)
         return (1 - kept / self.energy).clamp(0, 1)
 
     @cached_property
@@ -214,22 +217,37 @@ class KernelFactors(LayerFactors):
         """Squared singular values, falling, of the edge "in", "mid" or "out" of the whole whitened kernel."""
         if edge == "mid":
             full = self.full_ranks
-            return self._middle(full.rank_in, full.rank_out)[2]
+            return self._middle_energies(full.rank_in, full.rank_out)
         energies = self.core.square().sum((1, 2, 3) if edge == "in" else (0, 1, 2)).double()
         return energies.sort(descending=True).values
 
-    def _middle(self, rank_in: int, rank_out: int) -> tuple[Tensor, str, Tensor]:
-        """Singular basis of the middle edge at these leaf ranks, on its smaller side, and the squared singular values.
+    def _middle_energies(self, rank_in: int, rank_out: int) -> Tensor:
+        """Squared singular values of the middle edge at these leaf ranks, falling. Cached: menus ask repeatedly."""
+        key = ("energies", rank_in, rank_out)
+        if key not in self._cache:
+            gram, _ = self._middle_gram(rank_in, rank_out)
+            gram = gram.double() if len(gram) <= DOUBLE_PRECISION_UP_TO else gram
+            self._cache[key] = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
+        return self._cache[key]
 
-        Cached: candidates share most of their leaf ranks, so that a search pays for each pair once.
+    def _middle(self, rank_in: int, rank_out: int) -> tuple[Tensor, str]:
+        """Singular basis of the middle edge at these leaf ranks, on its smaller side, which is named.
+
+        The last few are cached: candidates share most of their leaf ranks, so a search pays for each pair once.
         """
-        key = (rank_in, rank_out)
-        if key not in self._middle_cache:
-            matrix = self.core[:rank_in, :, :, :rank_out].reshape(rank_in * self.shape[2], -1)
-            side = "left" if matrix.shape[0] <= matrix.shape[1] else "right"
-            values, basis = falling_eigenbasis(matrix @ matrix.T if side == "left" else matrix.T @ matrix)
-            self._middle_cache[key] = (basis.to(self._dtype), side, values.clamp_min(0))
-        return self._middle_cache[key]
+        key = ("basis", rank_in, rank_out)
+        if key not in self._cache:
+            kept = [known for known in self._cache if known[0] == "basis"]
+            if len(kept) >= CACHED_BASES:
+                del self._cache[kept[0]]
+            gram, side = self._middle_gram(rank_in, rank_out)
+            self._cache[key] = falling_eigenbasis(gram)[1].to(self._dtype), side
+        return self._cache[key]
+
+    def _middle_gram(self, rank_in: int, rank_out: int) -> tuple[Tensor, str]:
+        matrix = self.core[:rank_in, :, :, :rank_out].reshape(rank_in * self.shape[2], -1)
+        side = "left" if matrix.shape[0] <= matrix.shape[1] else "right"
+        return (_gram(matrix) if side == "left" else _gram(matrix.T)), side
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,8 @@ running statistics estimated again; layers with a bias get the dense layer's mea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -44,39 +45,62 @@ def recalibrate(
 
 def correct_biases(model: nn.Module, images: Tensor, output_means: Mapping[str, Tensor]) -> None:
     """Shift every named factorised layer's bias so that its mean output on ``images`` is the given one, in one pass."""
-
-    def shift_to(target: Tensor):
-        def hook(module: HTLayer, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            shift = target.to(output) - channels_last_rows(output).mean(0)
-            module.bias += shift
-            return output + shift.reshape(1, -1, *(1,) * (output.ndim - 2))
-
-        return hook
-
     layers = {name: module for name, module in model.named_modules() if isinstance(module, HTLayer)}
     hooks = {
-        name: shift_to(mean) for name, mean in output_means.items() if name in layers and layers[name].bias is not None
+        name: _shift_to(mean) for name, mean in output_means.items() if name in layers and layers[name].bias is not None
     }
     if hooks:
         with hooked(model, hooks):
             model(images)
 
 
+def _shift_to(target: Tensor) -> Callable:
+    def hook(module: HTLayer, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        shift = target.to(output) - channels_last_rows(output).mean(0)
+        module.bias += shift
+        return output + shift.reshape(1, -1, *(1,) * (output.ndim - 2))
+
+    return hook
+
+
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Replace every running mean and variance by the average over ``batches``, normalised by its own."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    if not norms:
-        return
-    momenta = [norm.momentum for norm in norms]
-    with hooked(model, {}):
+    """Replace every running mean and variance by its average over ``batches``."""
+    with hooked(model, {}), _batch_statistics(model) as norms:
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # a plain average over the batches
-            norm.train()
-        try:
-            for batch in batches:
-                if len(batch) > 1 or batch.shape[-1] > 1:
-                    model(batch)
-        finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
+        for batch in batches if norms else ():
+            if len(batch) > 1 or batch.shape[-1] > 1:
+                model(batch)
+
+
+def calibrated_outputs(model: nn.Module, images: Tensor, output_means: Mapping[str, Tensor] | None = None) -> Tensor:
+    """What the model would say to ``images: (N, C, H, W)`` if it were recalibrated on them, in a single pass.
+
+    Batch norm normalises by the statistics of ``images``, its running statistics are left alone. Biases of the layers
+    named in ``output_means`` are corrected for good.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    saved = [{key: buffer.clone() for key, buffer in norm.named_buffers()} for norm in norms]
+    layers = {name: model.get_submodule(name) for name in output_means or {}}
+    hooks = {name: _shift_to(output_means[name]) for name, layer in layers.items() if layer.bias is not None}
+    with hooked(model, hooks), _batch_statistics(model):
+        logits = model(images)
+    for norm, buffers in zip(norms, saved, strict=True):
+        norm.load_state_dict(buffers, strict=False)
+    return logits
+
+
+@contextmanager
+def _batch_statistics(model: nn.Module) -> Iterator[list[_BatchNorm]]:
+    """Inside, the batch norms (which are handed out) normalise by their batch; their momentum is restored."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    before = [(norm.momentum, norm.training) for norm in norms]
+    for norm in norms:
+        norm.train()
+    try:
+        yield norms
+    finally:
+        for norm, (momentum, training) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.train(training)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
+
+from common.cost import evaluating
 
 _FLATTENING = {torch.flatten, Tensor.flatten, Tensor.view, Tensor.reshape, torch.reshape}
 _PASSING_ON = {functional.dropout, functional.relu, torch.relu, Tensor.contiguous, Tensor.clone, Tensor.detach}
@@ -75,24 +78,15 @@ def decomposable_layers(model: nn.Module) -> list[tuple[str, nn.Conv2d | nn.Line
     return [(name, module) for name, module in model.named_modules() if type(module) in (nn.Conv2d, nn.Linear)]
 
 
-class hooked:
-    """Context: the model in eval mode, without gradients, with a forward hook on each of the named layers."""
-
-    def __init__(self, model: nn.Module, hooks: dict[str, object]) -> None:
-        self._model, self._hooks = model, hooks
-        self._handles: list[RemovableHandle] = []
-
-    def __enter__(self) -> None:
-        self._training = {module: module.training for module in self._model.modules()}
-        self._no_grad = torch.no_grad()
-        self._no_grad.__enter__()
-        self._model.eval()
-        for name, hook in self._hooks.items():
-            self._handles.append(self._model.get_submodule(name).register_forward_hook(hook))
-
-    def __exit__(self, *error) -> None:
-        for handle in self._handles:
-            handle.remove()
-        for module, training in self._training.items():
-            module.training = training
-        self._no_grad.__exit__(*error)
+@contextmanager
+def hooked(model: nn.Module, hooks: Mapping[str, Callable]) -> Iterator[None]:
+    """Inside: the model in eval mode, without gradients, with a forward hook on each of the named layers."""
+    handles = []
+    with evaluating(model), torch.no_grad():
+        try:
+            for name, hook in hooks.items():
+                handles.append(model.get_submodule(name).register_forward_hook(hook))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()

@@ -1,0 +1,121 @@
+"""How much the network's output suffers when one layer alone is compressed: the first of the policy's two heuristics.
+
+Two measures, both per menu entry and zero for dense: the *proxy* is the relative error of the layer's own output, free
+of charge; the *measured* one is the KL divergence of the network's output from the dense network's, on calibration
+images.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from common.compress import ModelFactors
+from common.files import write_text
+from common.ranks import MenuEntry, Menus
+from common.recalibrate import calibrated_outputs
+
+Sensitivities = Mapping[str, tuple[float, ...]]
+"""Layer name -> one number >= 0 per entry of its menu, falling with the error; 0 for dense."""
+
+
+def proxy_sensitivity(menus: Menus) -> dict[str, tuple[float, ...]]:
+    """The relative squared error of the layer's output, as it stands in the menus."""
+    return {name: tuple(entry.error for entry in menu) for name, menu in menus.items()}
+
+
+def measured_sensitivity(
+    factors: ModelFactors,
+    menus: Menus,
+    images: Tensor,
+    *,
+    anchors: int = 5,
+    cache: Path | None = None,
+    progress: bool = True,
+) -> dict[str, tuple[float, ...]]:
+    """KL divergence (nats) of the network's output with this layer alone compressed, at each entry of its menu.
+
+    Batch norm uses the statistics of `images: (N, C, H, W)` and biases are corrected, as they will be for a candidate.
+    Of each menu, `anchors` entries are measured, one pass each; between them the divergence is interpolated in the
+    layer's output error. Noise is taken out by making it fall monotonically from the cheapest entry to dense.
+
+    Args:
+        cache: a JSON file; measured values found there are used again, if they belong to the same network, images
+            and menus.
+    """
+    fingerprint = _fingerprint(factors, menus, images, anchors)
+    if cache is not None and (known := _read_cache(cache, fingerprint)) is not None:
+        return known
+    with torch.no_grad():
+        dense = F.log_softmax(calibrated_outputs(factors.model, images).double(), dim=1)
+    work = copy.deepcopy(factors.model)
+    result = {}
+    for name, menu in tqdm(menus.items(), desc="sensitivity", unit="layer", disable=not progress):
+        compressed = [entry for entry in menu if entry.ranks is not None]
+        picked = sorted({round(i) for i in np.linspace(0, len(compressed) - 1, anchors)}) if compressed else []
+        known = {i: _divergence(factors, work, name, compressed[i], images, dense) for i in picked}
+        result[name] = _interpolated(menu, known)
+    if cache is not None:
+        write_text(cache, json.dumps({"fingerprint": fingerprint, "sensitivity": result}, indent=1))
+    return result
+
+
+def divergence(dense_log_probabilities: Tensor, logits: Tensor) -> float:
+    """Mean KL divergence KL(dense || compressed) in nats; both ``(N, classes)``."""
+    compressed = F.log_softmax(logits.double(), dim=1)
+    return float(F.kl_div(compressed, dense_log_probabilities, reduction="batchmean", log_target=True))
+
+
+def _divergence(
+    factors: ModelFactors, work: nn.Module, name: str, entry: MenuEntry, images: Tensor, dense: Tensor
+) -> float:
+    original = work.get_submodule(name)
+    _set_submodule(work, name, factors.layers[name].layer(entry.ranks).to(images.device))
+    try:
+        means = factors.output_means()
+        logits = calibrated_outputs(work, images, {name: means[name]} if name in means else None)
+    finally:
+        _set_submodule(work, name, original)
+    found = divergence(dense, logits)
+    return found if np.isfinite(found) else float(np.finfo(np.float32).max)
+
+
+def _set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _interpolated(menu: tuple[MenuEntry, ...], known: Mapping[int, float]) -> tuple[float, ...]:
+    if not known:
+        return (0.0,) * len(menu)
+    errors = [0.0, *(menu[i].error for i in reversed(known))]
+    values = np.maximum.accumulate([0.0, *(max(value, 0.0) for value in reversed(known.values()))])
+    return tuple(float(v) for v in np.interp([entry.error for entry in menu], errors, values))
+
+
+def _fingerprint(factors: ModelFactors, menus: Menus, images: Tensor, anchors: int) -> str:
+    digest = hashlib.sha256()
+    for tensor in (*factors.model.state_dict().values(), images):
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    entries = {name: [str(entry.ranks) for entry in menu] for name, menu in menus.items()}
+    digest.update(repr((anchors, entries)).encode())
+    return digest.hexdigest()
+
+
+def _read_cache(cache: Path, fingerprint: str) -> dict[str, tuple[float, ...]] | None:
+    try:
+        content = json.loads(cache.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    if not isinstance(content, dict) or content.get("fingerprint") != fingerprint:
+        return None
+    return {name: tuple(values) for name, values in content["sensitivity"].items()}
