@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -76,20 +77,24 @@ class LayerFactors:
     @property
     def dense_flops(self) -> int:
         """Multiply-accumulates of the dense layer for one image."""
-        return math.prod(self.shape) * math.prod(self._map_sizes[1])
+        return math.prod(self.shape) * self._output_positions
 
     @property
     def _bias_params(self) -> int:
         return 0 if self.bias is None else self.shape[0]
 
     @property
-    def _map_sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(H, W) of the input and of the output; (1, 1) for both of a plain linear layer."""
+    def _map_sizes(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """(H, W) of the input and of the output for each call in one pass; a plain linear layer's leading axes."""
         if self.geometry.unflatten is not None:
-            return self.geometry.unflatten[1:], (1, 1)
+            return [(self.geometry.unflatten[1:], (1, 1)) for _ in self.trace.calls]
         if self.geometry.linear:
-            return (1, 1), (1, 1)
-        return self.trace.input_shape[1:], self.trace.output_shape[1:]
+            return [(before[:-1], after[:-1]) for before, after in self.trace.calls]
+        return [(before[1:], after[1:]) for before, after in self.trace.calls]
+
+    @property
+    def _output_positions(self) -> int:
+        return sum(math.prod(after) for _, after in self._map_sizes)
 
     def layer(self, ranks: Ranks) -> HTLayer:
         """The layer truncated to these ranks, as a new module that shares no tensor with anything.
@@ -101,8 +106,12 @@ class LayerFactors:
         dtype = self._dtype
         return HTLayer({group: weight.to(dtype) for group, weight in weights.items()}, self.bias, self.geometry)
 
+    def _check_rank(self, what: str, value: object, limit: int) -> None:
+        if not (isinstance(value, Integral) and 1 <= value <= limit):
+            self._refuse(what, value, f"an integer in 1..{limit}")
+
     def _refuse(self, what: str, value: object, legal: object) -> None:
-        raise ValueError(f"layer {self.name}: {what} must be {legal}; got {value}")
+        raise ValueError(f"layer {self.name}: {what} must be {legal}; got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,14 +145,10 @@ class KernelFactors(LayerFactors):
         if not isinstance(ranks, KernelRanks):
             self._refuse("ranks", ranks, "KernelRanks(rank_in, rank_mid, rank_out)")
         full, (_, _, k_h, k_w) = self.full_ranks, self.shape
-        for what in ("rank_in", "rank_out"):
-            if not 1 <= getattr(ranks, what) <= getattr(full, what):
-                self._refuse(what, getattr(ranks, what), f"in 1..{getattr(full, what)}")
+        self._check_rank("rank_in", ranks.rank_in, full.rank_in)
+        self._check_rank("rank_out", ranks.rank_out, full.rank_out)
         limit = min(ranks.rank_in * k_h, k_w * ranks.rank_out)
-        if not 1 <= ranks.rank_mid <= limit:
-            self._refuse(
-                f"rank_mid at rank_in {ranks.rank_in} and rank_out {ranks.rank_out}", ranks.rank_mid, f"in 1..{limit}"
-            )
+        self._check_rank(f"rank_mid at rank_in {ranks.rank_in} and rank_out {ranks.rank_out}", ranks.rank_mid, limit)
 
     def truncated(self, ranks: KernelRanks) -> dict[tuple[str, ...], Tensor]:
         """Stage group -> weight ``(o, i, h, w)`` of the finest plan that these ranks call for."""
@@ -182,12 +187,13 @@ class KernelFactors(LayerFactors):
     def flops(self, ranks: KernelRanks, groups: Sequence[tuple[str, ...]] | None = None) -> int:
         """Multiply-accumulates of the truncated layer for one image, in its finest plan or in the given one."""
         groups = groups or self.groups(ranks)
-        (height, width), (height_out, width_out) = self._map_sizes
+        sizes = self._group_sizes(ranks, groups)
         total = 0
-        for group, size in zip(groups, self._group_sizes(ranks, groups), strict=True):
-            height = height_out if "row" in group else height
-            width = width_out if "col" in group else width
-            total += size * height * width
+        for (height, width), (height_out, width_out) in self._map_sizes:
+            for group, size in zip(groups, sizes, strict=True):
+                height = height_out if "row" in group else height
+                width = width_out if "col" in group else width
+                total += size * height * width
         return total
 
     def _group_sizes(self, ranks: KernelRanks, groups: Sequence[tuple[str, ...]]) -> list[int]:
@@ -203,8 +209,7 @@ class KernelFactors(LayerFactors):
 
     def output_errors(self, rank_in: int, rank_out: int) -> Tensor:
         """Relative squared errors for rank_mid = 1, 2, ..., its limit, at these leaf ranks."""
-        kept = self._middle_energies(rank_in, rank_out).cumsum(0)
-        return (1 - kept / self.energy).clamp(0, 1)
+        return _lost_shares(self._middle_energies(rank_in, rank_out), self.energy)
 
     @cached_property
     def energy(self) -> float:
@@ -279,8 +284,7 @@ class MatrixFactors(LayerFactors):
         """Raise ValueError unless 1 <= rank <= min(C_out, C_in)."""
         if not isinstance(ranks, MatrixRanks):
             self._refuse("ranks", ranks, "MatrixRanks(rank)")
-        if not 1 <= ranks.rank <= self.full_ranks.rank:
-            self._refuse("rank", ranks.rank, f"in 1..{self.full_ranks.rank}")
+        self._check_rank("rank", ranks.rank, self.full_ranks.rank)
 
     def truncated(self, ranks: MatrixRanks) -> dict[tuple[str, ...], Tensor]:
         """Stage -> weight ``(o, i)``, scaled so that both are of one size when they are trained on."""
@@ -295,7 +299,7 @@ class MatrixFactors(LayerFactors):
 
     def flops(self, ranks: MatrixRanks) -> int:
         """Multiply-accumulates of the truncated layer for one image (a stride acts in the first stage)."""
-        return ranks.rank * sum(self.shape) * math.prod(self._map_sizes[1])
+        return ranks.rank * sum(self.shape) * self._output_positions
 
     def output_error(self, ranks: MatrixRanks) -> float:
         """Relative squared error of the output that this rank causes: discarded over total variance, in 0..1."""
@@ -304,7 +308,7 @@ class MatrixFactors(LayerFactors):
 
     def output_errors(self) -> Tensor:
         """Relative squared errors for rank = 1, 2, ..., full."""
-        return (1 - self.energies.cumsum(0) / self.energies.sum()).clamp(0, 1)
+        return _lost_shares(self.energies, float(self.energies.sum()))
 
     def edge_energies(self, edge: str = "mid") -> Tensor:
         """Squared singular values of the one edge, in falling order."""
@@ -391,18 +395,29 @@ def _output_basis(weight: Tensor, covariance: Tensor | None) -> tuple[Tensor, Te
     if covariance is not None:
         covariance = covariance.to(gram)
         covariance = span.T @ covariance @ span if tall else covariance
-        gram = covariance / _trace(covariance) + WHITENING_FLOOR * gram / _trace(gram)
+        gram = _of_trace_one(covariance) + WHITENING_FLOOR * _of_trace_one(gram)
     energies, basis = falling_eigenbasis(gram)
     return energies, span @ basis.to(span) if tall else basis
 
 
-def _trace(matrix: Tensor) -> Tensor:
-    return matrix.diagonal().sum().clamp_min(torch.finfo(matrix.dtype).tiny)
+def _of_trace_one(matrix: Tensor) -> Tensor:
+    """Scaled to trace 1; zeros where nothing varied (rounding can push the trace of such a covariance below 0)."""
+    trace = matrix.diagonal().sum()
+    return matrix / trace if trace > 0 else torch.zeros_like(matrix)
+
+
+def _lost_shares(energies: Tensor, total: float) -> Tensor:
+    """Share of ``total`` that is lost when only the first 1, 2, ... ``energies`` are kept; 0 of a layer of zeros."""
+    if total == 0:
+        return torch.zeros_like(energies)
+    return (1 - energies.cumsum(0) / total).clamp(0, 1)
 
 
 def _whitening(moment: Tensor) -> tuple[Tensor, Tensor]:
     """C^(1/2) and C^(-1/2) of the regularised second moment ``C: (n, n)``."""
     values, vectors = falling_eigenbasis(moment)
-    floor = WHITENING_FLOOR * values.clamp_min(0).mean().clamp_min(torch.finfo(values.dtype).tiny)
-    root = (values.clamp_min(0) + floor).sqrt()
+    values = values.clamp_min(0)
+    # Inputs that are zero throughout say nothing: whiten by the identity.
+    floor = WHITENING_FLOOR * values.mean() if values[0] > 0 else 1
+    root = (values + floor).sqrt()
     return ((vectors * root) @ vectors.T).to(moment), ((vectors / root) @ vectors.T).to(moment)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,18 @@ class LayerTrace:
     """Shapes without the batch axis: (C, H, W) of a convolution, (features,) of a linear layer.
 
     ``unflatten`` is the (C, H, W) that a flatten right before a linear layer took apart, if the map is not 1 x 1.
+    ``later_calls`` holds the (input, output) shapes of a shared layer's calls after the first.
     """
 
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     unflatten: tuple[int, int, int] | None = None
+    later_calls: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
+
+    @property
+    def calls(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+        """(input shape, output shape) of every call in one pass."""
+        return ((self.input_shape, self.output_shape), *self.later_calls)
 
 
 class FlattenTracker(TorchFunctionMode):
@@ -64,7 +71,10 @@ def trace_layers(model: nn.Module, example: Tensor) -> dict[str, LayerTrace]:
     def observe(name: str):
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             shapes = tuple(inputs[0].shape[1:]), tuple(output.shape[1:])
-            traces.setdefault(name, LayerTrace(*shapes, tracker.map_shape(inputs[0])))
+            if name in traces:
+                traces[name] = replace(traces[name], later_calls=(*traces[name].later_calls, shapes))
+            else:
+                traces[name] = LayerTrace(*shapes, tracker.map_shape(inputs[0]))
 
         return hook
 
