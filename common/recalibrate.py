@@ -6,6 +6,7 @@ running statistics estimated again; layers with a bias get the dense layer's mea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -38,57 +39,67 @@ def recalibrate(
     """
     if not len(images):
         raise ValueError("recalibration needs at least one image")
-    correct_biases(model, images.split(batch_size)[0], output_means or {})
-    reestimate_batch_norm(model, images.split(batch_size))
+    # Batches of one size: a lone last image would have no statistics of its own where the map is 1 x 1.
+    batches = images.tensor_split(math.ceil(len(images) / batch_size))
+    correct_biases(model, batches[0], output_means or {})
+    reestimate_batch_norm(model, batches)
     return model
 
 
 def correct_biases(model: nn.Module, images: Tensor, output_means: Mapping[str, Tensor]) -> None:
-    """Shift every named factorised layer's bias so that its mean output on ``images`` is the given one, in one pass."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, HTLayer)}
-    hooks = {
-        name: _shift_to(mean) for name, mean in output_means.items() if name in layers and layers[name].bias is not None
-    }
-    if hooks:
-        with hooked(model, hooks):
-            model(images)
+    """Shift every named factorised layer's bias so that its mean output on ``images`` is the given one, in one pass.
 
-
-def _shift_to(target: Tensor) -> Callable:
-    def hook(module: HTLayer, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        shift = target.to(output) - channels_last_rows(output).mean(0)
-        module.bias += shift
-        return output + shift.reshape(1, -1, *(1,) * (output.ndim - 2))
-
-    return hook
+    Batch norm normalises by the statistics of ``images``, as it will once it is re-estimated: a bias behind it would
+    otherwise be corrected for inputs that it is never going to see.
+    """
+    if _corrections(model, output_means):
+        calibrated_outputs(model, images, output_means)
 
 
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Replace every running mean and variance by its average over ``batches``."""
+    """Replace every running mean and variance by its average over ``batches``, each weighted by its images."""
+    seen = 0
     with hooked(model, {}), _batch_statistics(model) as norms:
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # a plain average over the batches
         for batch in batches if norms else ():
-            if len(batch) > 1 or batch.shape[-1] > 1:
-                model(batch)
+            seen += len(batch)
+            for norm in norms:
+                norm.momentum = len(batch) / seen
+            model(batch)
 
 
 def calibrated_outputs(model: nn.Module, images: Tensor, output_means: Mapping[str, Tensor] | None = None) -> Tensor:
     """What the model would say to ``images: (N, C, H, W)`` if it were recalibrated on them, in a single pass.
 
-    Batch norm normalises by the statistics of ``images``, its running statistics are left alone. Biases of the layers
-    named in ``output_means`` are corrected for good.
+    Batch norm normalises by the statistics of ``images``, its running statistics are left alone. Biases of the
+    factorised layers named in ``output_means`` are corrected for good.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    saved = [{key: buffer.clone() for key, buffer in norm.named_buffers()} for norm in norms]
-    layers = {name: model.get_submodule(name) for name in output_means or {}}
-    hooks = {name: _shift_to(output_means[name]) for name, layer in layers.items() if layer.bias is not None}
-    with hooked(model, hooks), _batch_statistics(model):
-        logits = model(images)
-    for norm, buffers in zip(norms, saved, strict=True):
-        norm.load_state_dict(buffers, strict=False)
-    return logits
+    with hooked(model, _corrections(model, output_means or {})), _batch_statistics(model) as norms:
+        saved = [{key: buffer.clone() for key, buffer in norm.named_buffers()} for norm in norms]
+        try:
+            return model(images)
+        finally:
+            for norm, buffers in zip(norms, saved, strict=True):
+                norm.load_state_dict(buffers, strict=False)
+
+
+def _corrections(model: nn.Module, output_means: Mapping[str, Tensor]) -> dict[str, Callable]:
+    """Name -> hook that shifts the bias, for the named layers that are factorised and have one."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, HTLayer)}
+    return {
+        name: _shift_to(mean) for name, mean in output_means.items() if name in layers and layers[name].bias is not None
+    }
+
+
+def _shift_to(target: Tensor) -> Callable:
+    def hook(module: HTLayer, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        axis = -1 if module.geometry.linear else 1
+        shift = target.to(output) - channels_last_rows(output, axis).mean(0)
+        module.bias.add_(shift)
+        return (output.movedim(axis, -1) + shift).movedim(-1, axis)
+
+    return hook
 
 
 @contextmanager
