@@ -18,6 +18,10 @@ from common.trace import LayerTrace, trace_layers
 LAYER_SETS = ("all", "convs", "kernels")
 """Which layers to factorise: every one, only convolutions, or only convolutions with a window (no 1 x 1)."""
 
+SMALLEST_MATRIX = 32
+"""A matrix with a side shorter than this stays dense: a head of few classes has next to nothing to save, and each of
+its outputs is one that the network is judged by."""
+
 RankConfig = Mapping[str, Ranks]
 """A rank configuration: layer name -> ranks. A layer that is not named stays dense."""
 
@@ -156,7 +160,7 @@ def _choose(
     """Name -> whether the layer is a kernel (else a matrix), and name -> reason for those that stay dense."""
     if isinstance(layers, str) and layers not in LAYER_SETS:
         raise ValueError(f"layers must be one of {', '.join(LAYER_SETS)} or a list of names; got {layers!r}")
-    wanted = None if isinstance(layers, str) else set(layers)
+    layers = layers if isinstance(layers, str) else set(layers)
     chosen, skipped = {}, {}
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Conv2d, nn.Linear, nn.modules.conv._ConvTransposeNd, nn.Conv1d, nn.Conv3d)):
@@ -166,23 +170,27 @@ def _choose(
             skipped[name] = reason
         else:
             chosen[name] = _is_kernel(module, traces[name])
-    if wanted is not None and (unknown := wanted - set(chosen)):
+    if not isinstance(layers, str) and (unknown := layers - set(chosen)):
         name = sorted(unknown)[0]
         raise ValueError(f"layer {name!r} cannot be factorised: {skipped.get(name, 'the model has no such layer')}")
     return chosen, skipped
 
 
-def _reason_to_skip(name: str, module: nn.Module, traces: Mapping[str, LayerTrace], layers: object) -> str | None:
+def _reason_to_skip(
+    name: str, module: nn.Module, traces: Mapping[str, LayerTrace], layers: str | set[str]
+) -> str | None:
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         return "a transposed convolution"
+    if "weight" not in module._parameters:
+        return "its weight is computed from other parameters (weight norm, pruning or the like)"
     if type(module) not in (nn.Conv2d, nn.Linear):
         return f"a {type(module).__name__}, which is neither torch's Conv2d nor its Linear"
     if isinstance(module, nn.Conv2d) and module.groups > 1:
         return "a depthwise convolution" if module.groups == module.in_channels else "a grouped convolution"
     if name not in traces:
         return "it does not run in eval mode"
-    if nn.utils.parametrize.is_parametrized(module):
-        return "its weight is parametrised"
+    if not _is_kernel(module, traces[name]) and min(module.weight.shape[:2]) < SMALLEST_MATRIX:
+        return f"a matrix with a side shorter than {SMALLEST_MATRIX}"
     if isinstance(layers, str):
         kernel_only = layers == "kernels" and isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
         outside = kernel_only or (layers != "all" and isinstance(module, nn.Linear))

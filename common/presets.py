@@ -1,0 +1,164 @@
+"""Every knob of a run in one record, and the presets that set them: quick, cpu and full."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from common.models import canonical_name
+from common.train_settings import UNNORMALISED, TrainSettings, recipe
+
+PRESETS = ("quick", "cpu", "full")
+"""quick: scikit-learn's digits, minutes on a laptop · cpu: MNIST at a small size, about an hour on two cores ·
+full: 224 px on a GPU."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Everything that a run depends on.
+
+    Attributes:
+        model: architecture or family: resnet18, vgg16, alexnet, or any torchvision classification CNN.
+        dataset: digits, mnist, fashion-mnist, cifar10, folder:PATH.
+        image_size: height and width in pixels.
+        preset: the preset this came from, for the log.
+        data_root: where the data set lies; None: $HTD_DATA, else data.
+        weights: what the baseline starts from: imagenet or none.
+        train_limit: training images used, None for all.
+        baseline_epochs: of the dense network, when it has to be trained.
+        layers: which layers are factorised; one of common.compress.LAYER_SETS.
+        budgets: shares of the dense FLOPs that candidates may keep.
+        candidates: screened per budget.
+        sampler: policy, tpe, random or nsga2.
+        sensitivity: measured or proxy.
+        calibration_images: training images for moments, batch norm and biases.
+        screen_images: validation images that a candidate is screened on.
+        promote: candidates fine-tuned per budget, before halving.
+        finetune_epochs: at most; 3 is the protocol's limit.
+        tolerance: accuracy on test that an accepted candidate may lose.
+        latency_batch: images per batch when speed is measured.
+        runtime: torch or onnxruntime; what both sides are deployed to.
+        device: auto, cpu, cuda.
+        seed: of everything random.
+        folder: where the log and the state of the run go.
+    """
+
+    model: str
+    dataset: str
+    image_size: int
+    preset: str = "custom"
+    data_root: str | None = None
+    weights: str = "none"
+    train_limit: int | None = None
+    baseline_epochs: int = 3
+    layers: str = "all"
+    budgets: tuple[float, ...] = (0.30, 0.15, 0.08)
+    candidates: int = 34
+    sampler: str = "policy"
+    sensitivity: str = "measured"
+    calibration_images: int = 2000
+    screen_images: int = 2000
+    promote: int = 2
+    finetune_epochs: int = 3
+    tolerance: float = 0.02
+    latency_batch: int = 16
+    runtime: str = "onnxruntime"
+    device: str = "auto"
+    seed: int = 0
+    folder: str = "logs"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", canonical_name(self.model))
+        object.__setattr__(self, "budgets", tuple(self.budgets))
+        if self.sensitivity not in ("measured", "proxy"):
+            raise ValueError(f"sensitivity must be measured or proxy; got {self.sensitivity!r}")
+        if not 1 <= self.finetune_epochs <= 3:
+            raise ValueError(f"candidates are fine-tuned for 1 to 3 epochs; got finetune_epochs={self.finetune_epochs}")
+        for name in (
+            "baseline_epochs",
+            "candidates",
+            "calibration_images",
+            "screen_images",
+            "promote",
+            "latency_batch",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"tolerance is a share of accuracy in [0, 1); got {self.tolerance}")
+
+    @property
+    def name(self) -> str:
+        """What the run's log and folder are called."""
+        dataset = self.dataset.removeprefix("folder:").strip("/").replace("/", "-")
+        return f"{self.model}-{dataset}-{self.image_size}-{self.preset}-seed{self.seed}"
+
+    @property
+    def log_path(self) -> Path:
+        return Path(self.folder) / f"{self.name}.log"
+
+    @property
+    def state_folder(self) -> Path:
+        return Path(self.folder) / self.name
+
+    def finetuning(self, train_images: int) -> TrainSettings:
+        """How candidates are fine-tuned: the baseline's recipe, gentler, with distillation."""
+        settings = recipe(self.model, train_images=train_images)
+        gentler = 1.0 if self.model in UNNORMALISED else 0.4
+        return replace(
+            settings,
+            epochs=self.finetune_epochs,
+            learning_rate=settings.learning_rate * gentler,
+            weight_decay=1e-4,
+            distill_weight=0.8,
+            seed=self.seed,
+        )
+
+    def rows(self) -> list[tuple[str, Any]]:
+        """(knob, value) pairs, for display."""
+        return [(field.name, getattr(self, field.name)) for field in fields(self)]
+
+
+_IMAGE_SIZES = {
+    "quick": {"alexnet": 64},
+    "cpu": {"alexnet": 128},
+    "full": {},
+}
+_DEFAULT_SIZE = {"quick": 32, "cpu": 32, "full": 224}
+_QUICK_EPOCHS = {"alexnet": 12, "vgg16": 12}
+"""Networks without batch norm need more passes over the 1,294 training images of digits."""
+
+
+def preset(name: str, model: str, **overrides: Any) -> RunSettings:
+    """The settings of a preset for a model; overrides that are None leave the preset's value.
+
+    Raises:
+        ValueError: an unknown preset, model or knob, or a value out of its range.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {name!r}")
+    model = canonical_name(model)
+    size = _IMAGE_SIZES[name].get(model, _DEFAULT_SIZE[name])
+    if name == "quick":
+        settings = RunSettings(
+            model,
+            "digits",
+            size,
+            baseline_epochs=_QUICK_EPOCHS.get(model, 6),
+            budgets=(0.30, 0.15),
+            candidates=6,
+            calibration_images=512,
+            screen_images=256,
+            promote=1,
+            finetune_epochs=2,
+        )
+    elif name == "cpu":
+        limit = None if model == "resnet18" else 12_000
+        settings = RunSettings(model, "mnist", size, train_limit=limit, baseline_epochs=3 if limit is None else 4)
+    else:
+        settings = RunSettings(model, "mnist", size, weights="imagenet", latency_batch=64, runtime="torch")
+    known = {field.name for field in fields(RunSettings)}
+    if unknown := set(overrides) - known:
+        raise ValueError(f"unknown knob {sorted(unknown)[0]!r}; there are {', '.join(sorted(known))}")
+    return replace(settings, preset=name, **{key: value for key, value in overrides.items() if value is not None})
