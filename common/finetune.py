@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.backends import cudnn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from common.data import Batch, Dataset, Split
 from common.evaluation import Evaluation, check_head, evaluate, evaluating, predict_logits

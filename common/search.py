@@ -18,7 +18,7 @@ import filelock
 import optuna
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from common.compress import config_str
 from common.layers import KernelRanks, MatrixRanks, Ranks

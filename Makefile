@@ -1,0 +1,44 @@
+# The README's commands. Everything runs in .venv, which the first command makes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+NOTEBOOKS := $(wildcard htd-*-res.ipynb)
+PRESET ?= quick
+export PYTHONHASHSEED = 0
+
+.DEFAULT_GOAL := help
+
+.PHONY: help setup demo test lint notebooks clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+setup: $(STAMP)  ## make .venv and install the tested versions
+
+$(STAMP): requirements.txt constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "Python 3.11 or newer is needed: set PYTHON=python3.11 or the like"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	@touch $@
+
+demo: $(STAMP)  ## ResNet18 on scikit-learn's digits: notebook, log, JSON, table and plots under results/demo/
+	mkdir -p results/demo
+	$(BIN)/papermill htd-resnet-res.ipynb results/demo/htd-resnet-res.ipynb -p PRESET quick -p FOLDER results/demo/logs
+	$(BIN)/python jsonify_logs.py results/demo/logs --out results/demo
+	$(BIN)/python analyze_results.py results/demo --out results/demo
+
+test: $(STAMP)  ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## ruff: check and format check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+notebooks: $(STAMP)  ## run the notebooks in place with PRESET (quick by default)
+	for notebook in $(NOTEBOOKS); do $(BIN)/papermill $$notebook $$notebook -p PRESET $(PRESET) || exit 1; done
+
+clean:  ## remove what the commands made, .venv included; trained baselines stay
+	rm -rf $(VENV) results/demo .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
