@@ -20,7 +20,7 @@ LAYER_SETS = ("all", "convs", "kernels")
 
 SMALLEST_MATRIX = 32
 """A matrix with a side shorter than this stays dense: a head of few classes has next to nothing to save, and each of
-its outputs is one that the network is judged by."""
+its outputs is one that the network is judged by. It is factorised all the same if it is asked for by name."""
 
 RankConfig = Mapping[str, Ranks]
 """A rank configuration: layer name -> ranks. A layer that is not named stays dense."""
@@ -189,9 +189,9 @@ def _reason_to_skip(
         return "a depthwise convolution" if module.groups == module.in_channels else "a grouped convolution"
     if name not in traces:
         return "it does not run in eval mode"
-    if not _is_kernel(module, traces[name]) and min(module.weight.shape[:2]) < SMALLEST_MATRIX:
-        return f"a matrix with a side shorter than {SMALLEST_MATRIX}"
     if isinstance(layers, str):
+        if not _is_kernel(module, traces[name]) and min(module.weight.shape[:2]) < SMALLEST_MATRIX:
+            return f"a matrix with a side shorter than {SMALLEST_MATRIX}"
         kernel_only = layers == "kernels" and isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
         outside = kernel_only or (layers != "all" and isinstance(module, nn.Linear))
     else:

@@ -62,13 +62,18 @@ def built(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     return LAYERS[name]().to(dtype).eval()
 
 
+def names(model: nn.Module) -> list[str]:
+    """Every layer by name: small matrices are only factorised if they are asked for."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+
+
 def only_factors(
     model: nn.Module, images: Tensor | None = None, *, bases: str = "both"
 ) -> KernelFactors | MatrixFactors:
     shape = (
         (next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels, *SIZE) if images is None else None
     )
-    (factors,) = factorize(model, images, bases=bases, input_shape=shape).layers.values()
+    (factors,) = factorize(model, images, bases=bases, input_shape=shape, layers=names(model)).layers.values()
     return factors
 
 
@@ -114,7 +119,7 @@ def relative_difference(actual: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("name", LAYERS)
 def test_full_ranks_reproduce_the_layer(name, bases, dtype):
     model, images = built(name, dtype), correlated_images(dtype=dtype)
-    factors = factorize(model, images, bases=bases)
+    factors = factorize(model, images, bases=bases, layers=names(model))
     compressed = factors.compress(factors.full_ranks())
     unseen = correlated_images(dtype=dtype, seed=1).flip(1)
     with torch.no_grad():
@@ -127,7 +132,7 @@ def test_full_ranks_reproduce_the_layer(name, bases, dtype):
 def test_full_ranks_reproduce_the_layer_whatever_the_calibration_images_were(name, kind, dtype):
     """On images unlike the calibration images: what those never showed must be there all the same."""
     model = built(name, dtype)
-    factors = factorize(model, degenerate_images(kind, dtype))
+    factors = factorize(model, degenerate_images(kind, dtype), layers=names(model))
     compressed = factors.compress(factors.full_ranks())
     unseen = correlated_images(dtype=dtype, seed=1)
     with torch.no_grad():
@@ -140,7 +145,7 @@ def test_a_layer_of_zeros_has_no_error_at_any_rank():
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
     for images in (None, correlated_images()):
-        factors = factorize(model, images, input_shape=(6, *SIZE))
+        factors = factorize(model, images, input_shape=(6, *SIZE), layers=names(model))
         config = {"0": KernelRanks(2, 3, 1), "1": MatrixRanks(2)}
         assert [factors.layers[name].output_error(ranks) for name, ranks in config.items()] == [0, 0]
         assert not factors.compress(config)(correlated_images()).any()
@@ -418,7 +423,7 @@ def test_matrix_formulas_equal_the_counted_module(c_in, c_out, stride, padding, 
 @pytest.mark.parametrize("name", ["linear behind a flatten", "linear on rows"])
 def test_formulas_hold_for_linear_layers(name):
     model, images = built(name), correlated_images()
-    factors = factorize(model, images)
+    factors = factorize(model, images, layers=names(model))
     ranks = MatrixRanks(5) if name == "linear on rows" else KernelRanks(4, 9, 3)
     compressed = factors.compress({"1": ranks})
     assert factors.params({"1": ranks}) == count_params(compressed)
