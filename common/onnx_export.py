@@ -62,8 +62,10 @@ def onnx_session(model: str | Path | bytes, threads: int | None = None) -> Calla
         threads: inside one operator; None: as many as torch uses in this process.
 
     Raises:
-        ValueError: not an ONNX file, or not one of one input and one output.
+        ValueError: not an ONNX file, not one of one input and one output, or fewer than one thread.
     """
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1; got {threads}")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.inter_op_num_threads = 1

@@ -102,7 +102,7 @@ def choose_plans(
             inputs = torch.randn(len(example), *shape, generator=generator).to(example)
             if inputs.ndim == 4:
                 inputs = inputs.contiguous(memory_format=memory_format)
-            known[key] = _choose(layer, inputs, policy, measure)
+            known[key] = choose_plan(layer, inputs, policy, measure)
         choices[name] = known[key]
     return choices
 
@@ -123,7 +123,8 @@ def layer_input_shapes(model: nn.Module, example: Tensor) -> dict[str, tuple[int
     return shapes
 
 
-def _choose(layer: HTLayer, inputs: Tensor, policy: str, measure: Measure) -> LayerChoice:
+def choose_plan(layer: HTLayer, inputs: Tensor, policy: str, measure: Measure) -> LayerChoice:
+    """The choice for one layer on a batch of its inputs; with "measure", `.seconds` is what the layer costs there."""
     shape = tuple(inputs.shape[1:])
     flops = plan_flops(layer, shape)
     timings = {plan: PlanTiming(count) for plan, count in flops.items()}

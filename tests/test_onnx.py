@@ -115,6 +115,11 @@ def test_a_file_that_is_no_network_is_named(content, tmp_path):
         onnx_session(path)
 
 
+def test_no_threads_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="threads must be at least 1; got 0"):
+        onnx_session(tmp_path / "model.onnx", threads=0)
+
+
 LAYERS = {
     "convolution": (nn.Conv2d(6, 8, (3, 5), stride=(2, 1), padding=(1, 2), dilation=(1, 2)), (6, 9, 11)),
     "same": (nn.Conv2d(6, 8, (3, 5), padding="same", dilation=(1, 2), bias=False), (6, 9, 11)),
