@@ -38,6 +38,9 @@ WHITENING_FLOOR = 1e-4
 """Share of the mean variance that is added to every direction before whitening: a direction that the calibration
 images never showed is cheap to drop but can still be represented."""
 
+WINDOW_FLOOR = 1e-2
+"""The same for the few rows and columns of the window: three whitenings in a row must not eat up float32's digits."""
+
 DOUBLE_PRECISION_UP_TO = 1024
 """Gram matrices up to this size are decomposed in float64; larger ones (classifiers, mostly) in float32, which halves
 their time and still leaves more digits than a truncation needs."""
@@ -121,11 +124,16 @@ class KernelFactors(LayerFactors):
     Attributes:
         core: ``(C_in, k_h, k_w, full rank_out)``: the whitened kernel in its leaf bases, in falling order of energy.
         reduce: ``(C_in, C_in)``, whose leading rows are the stage "in": ``U_in^T C^(-1/2)``.
-        expand: ``(C_out, full rank_out)``, whose leading columns are the stage "out": ``U_out``.
+        unwhiten_row, unwhiten_col: ``(k_h, k_h)`` and ``(k_w, k_w)``, ``K^(-1/2)`` of the window's rows and
+            columns, whose leaves are full and merged into the stages "row" and "col".
+        expand: ``(C_out, full rank_out)``, whose leading columns are the stage "out": ``U_out``, less the gain that the
+            core has in each direction.
     """
 
     core: Tensor = field(repr=False)
     reduce: Tensor = field(repr=False)
+    unwhiten_row: Tensor = field(repr=False)
+    unwhiten_col: Tensor = field(repr=False)
     expand: Tensor = field(repr=False)
     _cache: dict = field(default_factory=dict, repr=False, compare=False)
 
@@ -158,16 +166,18 @@ class KernelFactors(LayerFactors):
         basis, side = self._middle(ranks.rank_in, ranks.rank_out)
         basis = basis[:, : ranks.rank_mid]
         left, right = (basis, basis.T @ core) if side == "left" else (core @ basis, basis.T)
+        row = left.T.reshape(ranks.rank_mid, ranks.rank_in, k_h) @ self.unwhiten_row
+        col = right.reshape(ranks.rank_mid, k_w, ranks.rank_out)
+        col = torch.einsum("mwo,wv->mov", col, self.unwhiten_col)
         # The root matrix goes half into each side, so that both are of one size when they are trained on.
-        left_norm, right_norm = left.norm(dim=0), right.norm(dim=1)
-        scale = (right_norm / left_norm).sqrt()
+        scale = (col.flatten(1).norm(dim=1) / row.flatten(1).norm(dim=1)).sqrt()
         scale = torch.where((scale > 1e-6) & (scale < 1e6), scale, torch.ones_like(scale))
-        row = (left * scale).T.reshape(ranks.rank_mid, ranks.rank_in, k_h, 1)
-        col = (right / scale[:, None]).reshape(ranks.rank_mid, 1, k_w, ranks.rank_out).permute(3, 0, 1, 2)
+        row = row * scale[:, None, None]
+        col = (col / scale[:, None, None]).movedim(0, 1)
         chain = {
             ("in",): self.reduce[: ranks.rank_in, :, None, None],
-            ("row",): row,
-            ("col",): col,
+            ("row",): row[..., None],
+            ("col",): col[:, :, None],
             ("out",): self.expand[:, : ranks.rank_out, None, None],
         }
         return merge_stages(chain, self.groups(ranks))
@@ -331,20 +341,31 @@ def factorize_kernel(
     if trace.unflatten is not None:
         weight = weight.reshape(len(weight), *trace.unflatten)
     precise = weight.double() if weight.shape[0] <= DOUBLE_PRECISION_UP_TO else weight
-    whiten, unwhiten = _whitening(moments.input_moment.to(precise)) if moments and bases != "weight" else (None, None)
-    whitened = precise if whiten is None else mode_product(precise, whiten, 1)
+    if moments and bases != "weight":
+        floors = (WHITENING_FLOOR, WINDOW_FLOOR, WINDOW_FLOOR)
+        pairs = [_whitening(c.to(precise), floor) for c, floor in zip(moments.window, floors, strict=True)]
+    else:
+        pairs = [(torch.eye(n).to(precise),) * 2 for n in weight.shape[1:]]
+    whitened = precise
+    for mode, (root, _) in enumerate(pairs, start=1):
+        whitened = mode_product(whitened, root, mode)
+    unwhiten_in, unwhiten_row, unwhiten_col = (inverse for _, inverse in pairs)
 
-    _, basis_in = falling_eigenbasis(_gram(matricize(whitened, (1,))))
     covariance = moments.output_covariance if moments and bases == "both" else None
-    _, basis_out = _output_basis(matricize(whitened, (0,)), covariance)
-    basis_in, basis_out = basis_in.to(precise), basis_out.to(precise)
-
-    core = mode_product(mode_product(whitened, basis_in.T, 1), basis_out.T, 0)
-    reduce = basis_in.T if unwhiten is None else basis_in.T @ unwhiten
+    variances, basis_out = _output_basis(matricize(whitened, (0,)), covariance)
+    basis_out = basis_out.to(precise)
+    projected = mode_product(whitened, basis_out.T, 0)
+    energies = projected.flatten(1).square().sum(1)
+    gain = torch.ones_like(energies) if covariance is None else _gain(variances.to(precise), energies)
+    projected = projected * gain.reshape(-1, 1, 1, 1)
+    basis_in = falling_eigenbasis(_gram(matricize(projected, (1,))))[1].to(precise)
+    core = mode_product(projected, basis_in.T, 1)
     return KernelFactors(
         core=core.permute(1, 2, 3, 0).contiguous().to(weight),
-        reduce=reduce.to(weight),
-        expand=basis_out.to(weight),
+        reduce=(basis_in.T @ unwhiten_in).to(weight),
+        unwhiten_row=unwhiten_row.to(weight),
+        unwhiten_col=unwhiten_col.to(weight),
+        expand=(basis_out / gain).to(weight),
         shape=tuple(weight.shape),
         **_described(name, layer, trace, moments),
     )
@@ -413,11 +434,25 @@ def _lost_shares(energies: Tensor, total: float) -> Tensor:
     return (1 - energies.cumsum(0) / total).clamp(0, 1)
 
 
-def _whitening(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """C^(1/2) and C^(-1/2) of the regularised second moment ``C: (n, n)``."""
-    values, vectors = falling_eigenbasis(moment)
+def _gain(variances: Tensor, energies: Tensor) -> Tensor:
+    """Per output direction, the factor that turns the kernel's energy there into the variance measured there.
+
+    Inputs at neighbouring positions add up in some directions of the output and cancel in others, which the whitened
+    kernel does not know; the measured variances ``(n,)`` do.
+    """
+    ratio = _unit_sum(variances.clamp_min(0)) / _unit_sum(energies)
+    return torch.where(ratio.isfinite(), ratio, 1).sqrt().clamp(1e-2, 1e2)
+
+
+def _unit_sum(values: Tensor) -> Tensor:
+    return values / values.sum()
+
+
+def _whitening(covariance: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    """C^(1/2) and C^(-1/2) of the covariance ``C: (n, n)``, regularised by `least` times its mean eigenvalue."""
+    values, vectors = falling_eigenbasis(covariance)
     values = values.clamp_min(0)
     # Inputs that are zero throughout say nothing: whiten by the identity.
-    floor = WHITENING_FLOOR * values.mean() if values[0] > 0 else 1
+    floor = least * values.mean() if values[0] > 0 else 1
     root = (values + floor).sqrt()
-    return ((vectors * root) @ vectors.T).to(moment), ((vectors / root) @ vectors.T).to(moment)
+    return ((vectors * root) @ vectors.T).to(covariance), ((vectors / root) @ vectors.T).to(covariance)

@@ -20,12 +20,14 @@ class LayerMoments:
     """Moments of one layer over images and positions, in float64.
 
     Attributes:
-        input_moment: ``E[x x^T]: (C_in, C_in)``; None for matrix layers, whose output covariance says all that matters.
+        window: covariance of the input along each mode of the layer's window, averaged over the other two: of the
+            channels ``(C_in, C_in)``, of the rows ``(k_h, k_h)`` and of the columns ``(k_w, k_w)``, the latter two with
+            unit mean variance. None for matrix layers, whose output covariance says all that matters.
         output_mean: ``E[y]: (C_out,)``.
         output_covariance: ``E[(y - E[y]) (y - E[y])^T]: (C_out, C_out)``.
     """
 
-    input_moment: Tensor | None
+    window: tuple[Tensor, Tensor, Tensor] | None
     output_mean: Tensor
     output_covariance: Tensor
 
@@ -53,13 +55,56 @@ class _Accumulator:
         return self.origin.double() + self.total / self.count
 
     @property
-    def moment(self) -> Tensor:
-        return self.covariance + torch.outer(self.mean, self.mean)
-
-    @property
     def covariance(self) -> Tensor:
         shift = self.total / self.count
         return self.square / self.count - torch.outer(shift, shift)
+
+
+class _WindowAccumulator:
+    """Running covariance of a kernel's input along the modes of its window: channels, rows, columns."""
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, trace: LayerTrace) -> None:
+        self._unflatten = trace.unflatten
+        self._size = trace.unflatten[1:] if trace.unflatten else layer.kernel_size
+        self._dilation = (1, 1) if trace.unflatten else layer.dilation
+        self._channels = _Accumulator()
+        self._products = [torch.zeros(size, size, dtype=torch.float64) for size in self._size]
+
+    def add(self, features: Tensor) -> None:
+        features = features if self._unflatten is None else features.reshape(-1, *self._unflatten)
+        self._channels.add(channels_last_rows(features))
+        centred = features - self._channels.origin.reshape(-1, 1, 1)
+        for axis in (0, 1):
+            self._products[axis] += self._along(centred.movedim(2 + axis, -1), axis).cpu()
+
+    def _along(self, features: Tensor, axis: int) -> Tensor:
+        """Summed products of positions that a window sees together, ``features: (..., length)``: (size, size)."""
+        size, step = self._size[axis], self._dilation[axis]
+        if self._unflatten is not None:
+            rows = features.reshape(-1, size)
+            return (rows.T @ rows).double()
+        length = features.shape[-1]
+        # Summed over fewer positions the larger the lag: a biased estimate of a stationary covariance, but one that is
+        # positive semidefinite, and right about zero padding, which takes part in the windows at the border.
+        lags = [
+            (features[..., : length - lag * step] * features[..., lag * step :]).sum().double()
+            if lag * step < length
+            else features.new_zeros((), dtype=torch.float64)
+            for lag in range(size)
+        ]
+        distance = (torch.arange(size)[:, None] - torch.arange(size)).abs()
+        return torch.stack(lags)[distance.to(features.device)]
+
+    @property
+    def covariances(self) -> tuple[Tensor, Tensor, Tensor]:
+        channels = self._channels.covariance
+        rows, columns = (_unit_mean_variance(product).to(channels.device) for product in self._products)
+        return channels, rows, columns
+
+
+def _unit_mean_variance(products: Tensor) -> Tensor:
+    mean = products.diagonal().mean()
+    return products / mean if mean > 0 else torch.eye(len(products), dtype=products.dtype)
 
 
 def channels_last_rows(features: Tensor, axis: int = 1) -> Tensor:
@@ -79,7 +124,7 @@ def gather_moments(
 
     Args:
         traces: the layers to observe.
-        kernels: those of them whose input moment is wanted.
+        kernels: those of them whose input's covariances are wanted.
 
     Returns:
         layer name -> moments. The model stays as it was.
@@ -88,16 +133,13 @@ def gather_moments(
         ValueError: if there are no images, or an activation is NaN or infinite (naming the layer).
     """
     kernels = set(kernels)
-    inputs = {name: _Accumulator() for name in traces if name in kernels}
+    inputs = {name: _WindowAccumulator(model.get_submodule(name), traces[name]) for name in traces if name in kernels}
     outputs = {name: _Accumulator() for name in traces}
 
     def observe(name: str):
-        unflatten = traces[name].unflatten
-
         def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             if name in inputs:
-                x = arguments[0] if unflatten is None else arguments[0].reshape(-1, *unflatten)
-                inputs[name].add(channels_last_rows(x))
+                inputs[name].add(arguments[0])
             outputs[name].add(channels_last_rows(output, -1 if isinstance(module, nn.Linear) else 1))
 
         return hook
@@ -113,6 +155,6 @@ def gather_moments(
         if not torch.isfinite(accumulator.square).all():
             raise ValueError(f"layer {name}: the calibration pass met NaN or infinite activations")
     return {
-        name: LayerMoments(inputs[name].moment if name in inputs else None, output.mean, output.covariance)
+        name: LayerMoments(inputs[name].covariances if name in inputs else None, output.mean, output.covariance)
         for name, output in outputs.items()
     }

@@ -58,19 +58,36 @@ def test_moments_equal_numpys():
         covariance = np.cov(output, rowvar=False, bias=True)
         np.testing.assert_allclose(moments[str(index)].output_covariance, covariance, rtol=1e-5, atol=1e-6)
     pixels = rows_of(x)
-    np.testing.assert_allclose(moments["0"].input_moment, pixels.T @ pixels / len(pixels), rtol=1e-5, atol=1e-6)
+    covariance = np.cov(pixels, rowvar=False, bias=True)
+    np.testing.assert_allclose(moments["0"].window[0], covariance, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_and_columns_of_the_window_are_as_correlated_as_neighbouring_pixels():
+    """Long stripes along one axis: neighbours across them are unrelated, neighbours along them are the same."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, (3, 2), dilation=(2, 1)))
+    x = torch.randn(40, 3, 16, 1).expand(-1, -1, -1, 40)
+    _, rows, columns = gather(model, x, kernels=["0"])["0"].window
+    assert rows.shape == (3, 3)
+    assert columns.shape == (2, 2)
+    np.testing.assert_allclose(rows, np.eye(3), atol=0.08)
+    np.testing.assert_allclose(columns, np.ones((2, 2)), atol=0.08)
 
 
 def test_the_input_moment_behind_a_flatten_is_that_of_the_feature_map():
     model, x = small_net(), images()
     moments = gather(model, x, kernels=["5"])
     pixels = rows_of(activations(model, x)[3])
-    np.testing.assert_allclose(moments["5"].input_moment, pixels.T @ pixels / len(pixels), rtol=1e-5, atol=1e-6)
+    channels, rows, columns = moments["5"].window
+    np.testing.assert_allclose(channels, np.cov(pixels, rowvar=False, bias=True), rtol=1e-5, atol=1e-6)
+    for covariance in (rows, columns):
+        assert np.diag(covariance).mean() == pytest.approx(1)
+        assert np.linalg.eigvalsh(covariance).min() >= -1e-9
 
 
 def test_input_moments_are_gathered_for_kernels_only():
     moments = gather(small_net(), images(), kernels=["0"])
-    assert [name for name, layer in moments.items() if layer.input_moment is not None] == ["0"]
+    assert [name for name, layer in moments.items() if layer.window is not None] == ["0"]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 11, 128])
