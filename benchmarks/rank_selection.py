@@ -1,0 +1,230 @@
+"""Every rule and sampler at the same FLOPs budgets, evaluations and fine-tuning: is the policy worth having?
+
+    python benchmarks/rank_selection.py --model resnet18 --dataset mnist --image-size 32 --seeds 0 1 2
+
+A classic rule (uniform, energy, vbmf) looks at the weights' singular values and proposes one configuration per budget.
+A sampler (policy, tpe, random, nsga2) proposes --evaluations of them, and the best when screened is taken. All are
+compressed with the same data-aware factors, recalibrated alike and fine-tuned alike. The ablation screens the policy's
+most probable configuration with one thing taken away at a time.
+
+Writes rows.json after every row and goes on where an interrupted run stopped; then the tables and the plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from tqdm import tqdm
+
+if __package__ in (None, ""):
+    # Run as a script: the repository root, not this folder, is where `common` and `finetuned` are found.
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.rank_selection_report import write_report
+from common import data
+from common.compress import ModelFactors, config_str, factorize
+from common.evaluation import evaluate
+from common.files import write_text
+from common.finetune import TrainingDiverged, TrainSettings, train
+from common.policy import Costs, Policy, configuration
+from common.presets import RunSettings
+from common.promotion import teacher_logits
+from common.provenance import provenance
+from common.ranks import RULES, build_menus, meet_budget, worthwhile
+from common.samplers import SAMPLERS, make_sampler, search_space, within_budget
+from common.screening import CandidateFailed, Screener, Screening
+from common.search import exclusive
+from common.sensitivity import measured_sensitivity
+from finetuned.finetune_models import baseline
+
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "policy, whole": {},
+    "bases from the input alone": {"bases": "input"},
+    "bases from the weights alone": {"bases": "weight"},
+    "no recalibration": {"recalibrated": False},
+    "size heuristic off": {"use_size": False},
+    "sensitivity off": {"use_sensitivity": False},
+}
+
+
+class Bench:
+    """Everything that one seed's rows have in common."""
+
+    def __init__(self, options: argparse.Namespace, seed: int) -> None:
+        self.options, self.seed = options, seed
+        self.dataset = data.load(
+            options.dataset, image_size=options.image_size, seed=seed, train_limit=options.train_limit
+        )
+        self.dense = baseline(options.model, self.dataset)
+        self.images = self.dataset.train.sample(min(options.calibration, len(self.dataset.train)), seed)
+        self._factors: dict[str, ModelFactors] = {}
+        self.menus = build_menus(self.factors("both"))
+        self.costs = Costs.of(self.factors("both"), self.menus)
+        cache = options.out / f"sensitivity-{seed}.json"
+        self.sensitivity = measured_sensitivity(self.factors("both"), self.menus, self.images[:256], cache=cache)
+        self.screener = self.make_screener("both")
+        self.teacher = teacher_logits(self.dense.model, self.dataset, options.out / f"teacher-{seed}")
+
+    def factors(self, bases: str) -> ModelFactors:
+        if bases not in self._factors:
+            self._factors[bases] = factorize(self.dense.model, self.images, bases=bases)
+        return self._factors[bases]
+
+    def make_screener(self, bases: str) -> Screener:
+        return Screener(self.factors(bases), self.images, self.dataset.val, limit=self.options.screen)
+
+    def policy(self, budget: float, **switches: bool) -> Policy:
+        return Policy.solve(self.sensitivity, self.costs, budget, **switches)
+
+    def settings(self) -> TrainSettings:
+        """Fine-tuning as in a run, but no longer than --batches."""
+        run = RunSettings(self.options.model, self.options.dataset, self.options.image_size, seed=self.seed)
+        chosen = run.finetuning(len(self.dataset.train))
+        return replace(chosen, epochs=1, max_batches_per_epoch=self.options.batches)
+
+    def finetuned(self, config: dict) -> dict[str, Any]:
+        """Validation and test accuracy after fine-tuning; or why there is none."""
+        model = self.screener.build(config)
+        try:
+            history = train(model, self.dataset, self.settings(), teacher_logits=self.teacher, progress=False)
+        except TrainingDiverged as failure:
+            return {"status": "failed", "reason": str(failure)}
+        return {
+            "status": "fine-tuned",
+            "val_finetuned": history.epochs[-1].val_accuracy,
+            "test_accuracy": evaluate(model, self.dataset.test).accuracy,
+        }
+
+
+def rule_choice(bench: Bench, rule: str, budget: float) -> tuple[dict, Screening, int]:
+    """The rule's configuration at the budget, what it screens at, and how many configurations were evaluated."""
+    config = meet_budget(rule, bench.factors("weight"), budget, priced=bench.factors("both"))
+    return config, bench.screener.screen(config), 1
+
+
+def sampler_choice(bench: Bench, kind: str, budget: float, *, update_rate: float = 0.5) -> tuple[dict, Screening, int]:
+    """The best of --evaluations configurations, by the divergence when screened."""
+    policy = bench.policy(budget)
+    study = optuna.create_study(direction="maximize")
+    best: tuple[dict, Screening] | None = None
+    for number in range(bench.options.evaluations):
+        study.sampler = make_sampler(kind, policy, seed=bench.seed, number=number, update_rate=update_rate)
+        trial = study.ask(search_space(policy))
+        choice = trial.params if kind == "policy" else within_budget(policy, trial.params)
+        config = configuration(bench.menus, choice)
+        try:
+            found = bench.screener.screen(config)
+        except CandidateFailed:
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            continue
+        study.tell(trial, -found.divergence)
+        if best is None or found.divergence < best[1].divergence:
+            best = (config, found)
+    if best is None:
+        raise CandidateFailed(f"all {bench.options.evaluations} candidates of {kind} at budget {budget} failed")
+    return *best, bench.options.evaluations
+
+
+def ablation_choice(bench: Bench, budget: float, *, bases: str = "both", recalibrated: bool = True, **switches) -> Any:
+    """What the policy's most probable configuration screens at, with one thing taken away."""
+    config = configuration(bench.menus, bench.policy(budget, **switches).mode())
+    if not recalibrated:
+        model = bench.factors(bases).compress(config)
+        found = evaluate(model, bench.dataset.val, limit=bench.options.screen)
+        return config, found.accuracy
+    screener = bench.screener if bases == "both" else bench.make_screener(bases)
+    return config, screener.screen(worthwhile(bench.factors(bases), config)).accuracy
+
+
+def rows(bench: Bench, done: Callable[[dict[str, Any]], bool]) -> Iterator[dict[str, Any]]:
+    """The rows that are not done yet, one at a time."""
+    dense = bench.factors("both")
+    for budget in bench.options.budgets:
+        head = {"seed": bench.seed, "budget": budget}
+        for name in (*RULES, *SAMPLERS, "policy, no update"):
+            row = {**head, "table": "rules", "name": name}
+            if done(row):
+                continue
+            started = time.perf_counter()
+            if name in RULES:
+                config, found, evaluations = rule_choice(bench, name, budget)
+            else:
+                rate = 0.0 if name.endswith("no update") else 0.5
+                config, found, evaluations = sampler_choice(bench, name.split(",")[0], budget, update_rate=rate)
+            searched = time.perf_counter() - started
+            yield {
+                **row,
+                "config_str": config_str(config),
+                "evaluations": evaluations,
+                "flops_kept": found.flops / dense.dense_flops,
+                "params_kept": found.params / dense.dense_params,
+                "val_screened": found.accuracy,
+                "divergence": found.divergence,
+                "search_seconds": searched,
+                **bench.finetuned(config),
+                "seconds": time.perf_counter() - started,
+            }
+        for name, switches in ABLATIONS.items():
+            row = {**head, "table": "ablation", "name": name}
+            if not done(row):
+                config, accuracy = ablation_choice(bench, budget, **switches)
+                yield {**row, "config_str": config_str(config), "val_screened": accuracy}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code: 0, or 2 for bad input."""
+    options = _parser().parse_args(arguments)
+    options.out = options.out or Path(f"results/rank-selection-{options.model}-{options.dataset}-{options.image_size}")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    path = options.out / "rows.json"
+    try:
+        with exclusive(options.out):
+            content = json.loads(path.read_text()) if path.exists() else {"provenance": [], "rows": []}
+            content["provenance"].append(provenance("cpu", options.seeds[0]))
+            keys = {_key(row) for row in content["rows"]}
+            for seed in options.seeds:
+                bench = Bench(options, seed)
+                for row in tqdm(rows(bench, lambda row: _key(row) in keys), desc=f"seed {seed}", unit="row"):
+                    content["rows"].append(row)
+                    content["dense_test"] = bench.dense.test_accuracy
+                    write_text(path, json.dumps(content, indent=1))
+        print(write_report(content, options.out))
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _key(row: dict[str, Any]) -> tuple:
+    return row["seed"], row["budget"], row["table"], row["name"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Compare rank rules and samplers at the same budgets.")
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--dataset", default="mnist", help="default: mnist")
+    parser.add_argument("--image-size", type=int, default=32, metavar="PIXELS")
+    parser.add_argument("--train-limit", type=int, metavar="IMAGES", help="use a stratified subset for fine-tuning")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.30, 0.15, 0.08], help="shares of dense FLOPs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--evaluations", type=int, default=20, help="configurations each sampler may screen")
+    parser.add_argument("--batches", type=int, default=150, help="of fine-tuning, 128 images each")
+    parser.add_argument("--calibration", type=int, default=1024, metavar="IMAGES")
+    parser.add_argument("--screen", type=int, default=2000, metavar="IMAGES", help="validation images screened on")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
+    parser.add_argument("--out", type=Path, help="default: results/rank-selection-MODEL-DATASET-SIZE")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

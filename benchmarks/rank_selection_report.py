@@ -1,0 +1,144 @@
+"""The rows of `rank_selection.py` as tables (Markdown, text) and a plot."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+from common import plots
+from common.files import write_text
+
+
+def write_report(content: Mapping[str, Any], out: Path) -> str:
+    """Write table.md, ablation.md, table.txt and accuracy.png into `out`; returns the text."""
+    rules = [row for row in content["rows"] if row["table"] == "rules"]
+    ablations = [row for row in content["rows"] if row["table"] == "ablation"]
+    dense = content["dense_test"]
+    texts = []
+    for style in ("github", "pretty"):
+        parts = [rule_table(rules, style), note(rules, dense)]
+        write_text(out / ("table.md" if style == "github" else "table.txt"), "\n\n".join(parts) + "\n")
+        texts.append("\n".join(parts))
+    if ablations:
+        write_text(out / "ablation.md", ablation_table(ablations, "github") + "\n")
+        texts[-1] += "\n" + ablation_table(ablations, "pretty")
+    plots.save(accuracy_plot(rules, dense), out / "accuracy.png")
+    return texts[-1]
+
+
+def rule_table(rows: Sequence[Mapping[str, Any]], style: str) -> str:
+    """One line per rule; per budget accuracy screened and after fine-tuning, mean and spread over the seeds."""
+    budgets = sorted({row["budget"] for row in rows}, reverse=True)
+    lines = []
+    for name in dict.fromkeys(row["name"] for row in rows):
+        line: list[str] = [name]
+        for budget in budgets:
+            own = [row for row in rows if row["name"] == name and row["budget"] == budget]
+            line += [mean_spread(own, "val_screened"), mean_spread(own, "test_accuracy")]
+        points = [row for row in rows if row["name"] == name]
+        lines.append([*line, _mean_hypervolume(points), _mean(points, "search_seconds", "{:.0f} s")])
+    heads = ["rule"]
+    for budget in budgets:
+        heads += [f"{budget:.0%}: screened", f"{budget:.0%}: fine-tuned"]
+    return tabulate(lines, headers=[*heads, "hypervolume", "search"], tablefmt=style, disable_numparse=True)
+
+
+def ablation_table(rows: Sequence[Mapping[str, Any]], style: str) -> str:
+    """One line per thing taken away; accuracy screened per budget, mean and spread over the seeds."""
+    budgets = sorted({row["budget"] for row in rows}, reverse=True)
+    lines = [
+        [
+            name,
+            *(
+                mean_spread([r for r in rows if r["name"] == name and r["budget"] == b], "val_screened")
+                for b in budgets
+            ),
+        ]
+        for name in dict.fromkeys(row["name"] for row in rows)
+    ]
+    return tabulate(lines, headers=["ablation", *(f"{b:.0%}" for b in budgets)], tablefmt=style, disable_numparse=True)
+
+
+def note(rows: Sequence[Mapping[str, Any]], dense: float) -> str:
+    """What the numbers are."""
+    seeds = sorted({row["seed"] for row in rows})
+    failed = sum(row["status"] == "failed" for row in rows)
+    return (
+        f"Columns are shares of the dense FLOPs (multiply-accumulates). Screened: validation accuracy without training; "
+        f"fine-tuned: test accuracy. Mean over {len(seeds)} seed(s), ± standard deviation. Dense: {dense:.4f} on test. "
+        f"Hypervolume of (FLOPs saved, test accuracy) above the accuracy 0.9. {len(rows)} rows, {failed} failed."
+    )
+
+
+def mean_spread(rows: Sequence[Mapping[str, Any]], key: str) -> str:
+    """Mean ± standard deviation of what was measured."""
+    values = [row[key] for row in rows if row.get(key) is not None]
+    if not values:
+        return "failed" if rows else "-"
+    mean = f"{statistics.mean(values):.4f}"
+    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
+
+
+def hypervolume(points: Sequence[tuple[float, float]], floor: float = 0.9) -> float:
+    """Area that points (share of FLOPs saved, accuracy) dominate above `floor`, as a share of the whole."""
+    area, reached = 0.0, floor
+    for saved, accuracy in sorted(points, reverse=True):
+        area += saved * max(0.0, accuracy - reached)
+        reached = max(reached, accuracy)
+    return area / (1 - floor)
+
+
+def accuracy_plot(rows: Sequence[Mapping[str, Any]], dense: float) -> Figure:
+    """Accuracy screened and after fine-tuning against the share of FLOPs kept, one line per rule."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    titles = {"val_screened": "Screened, no training (validation)", "test_accuracy": "After fine-tuning (test)"}
+    for axes, (key, title) in zip(panels, titles.items(), strict=True):
+        for place, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
+            points = _points([row for row in rows if row["name"] == name], key)
+            axes.errorbar(
+                [x for x, _, _ in points],
+                [y for _, y, _ in points],
+                yerr=[e for _, _, e in points],
+                marker="osD^vPX*"[place % 8],
+                linestyle=("-", "--", "-.", ":")[place % 4],
+                linewidth=2.2 if name == "policy" else 1.0,
+                capsize=3,
+                label=name,
+            )
+        axes.axhline(dense, color="0.6", linewidth=1)
+        axes.set_title(title)
+        axes.set_xlabel("Share of the dense FLOPs kept (multiply-accumulates)")
+        axes.set_ylabel("Top-1 accuracy (grey line: dense, test)")
+        axes.grid(alpha=0.3)
+    panels[1].legend(fontsize=8)
+    return figure
+
+
+def _points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float, float]]:
+    """(mean share of FLOPs kept, mean, standard deviation) per budget."""
+    points = []
+    for budget in sorted({row["budget"] for row in rows}):
+        own = [row for row in rows if row["budget"] == budget and row.get(key) is not None]
+        if own:
+            values = [row[key] for row in own]
+            deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+            points.append((statistics.mean(row["flops_kept"] for row in own), statistics.mean(values), deviation))
+    return points
+
+
+def _mean_hypervolume(rows: Sequence[Mapping[str, Any]]) -> str:
+    volumes = []
+    for seed in sorted({row["seed"] for row in rows}):
+        own = [row for row in rows if row["seed"] == seed and row.get("test_accuracy") is not None]
+        volumes.append(hypervolume([(1 - row["flops_kept"], row["test_accuracy"]) for row in own]))
+    return f"{statistics.mean(volumes):.4f}"
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
+    return form.format(statistics.mean(row[key] for row in rows))
