@@ -69,7 +69,7 @@ def note(rows: Sequence[Mapping[str, Any]], dense: float) -> str:
     seeds = sorted({row["seed"] for row in rows})
     failed = sum(row["status"] == "failed" for row in rows)
     return (
-        f"Columns are shares of the dense FLOPs (multiply-accumulates). Screened: validation accuracy without training; "
+        "Columns are shares of the dense FLOPs (multiply-accumulates). Screened: validation accuracy, no training; "
         f"fine-tuned: test accuracy. Mean over {len(seeds)} seed(s), ± standard deviation. Dense: {dense:.4f} on test. "
         f"Hypervolume of (FLOPs saved, test accuracy) above the accuracy 0.9. {len(rows)} rows, {failed} failed."
     )
