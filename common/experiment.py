@@ -23,11 +23,12 @@ from common.compress import ModelFactors, factorize
 from common.cost import count_flops, count_params, measure_latency
 from common.deploy import Deployed, deploy
 from common.files import write_text
+from common.latency_menus import time_menus
 from common.plots import pareto_front
 from common.presets import RunSettings
 from common.promotion import Finalist, Finetuning, finetune_promoted
 from common.provenance import provenance
-from common.ranks import Menus, build_menus
+from common.ranks import Cost, Menus, build_menus
 from common.runlog import RunLog
 from common.screening import Screener
 from common.search import Search, SearchSettings, exclusive, promote
@@ -114,8 +115,21 @@ class Experiment:
 
     @cached_property
     def menus(self) -> Menus:
-        """Each layer's rank candidates."""
-        return build_menus(self.factors)
+        """Each layer's rank candidates, priced by the run's cost."""
+        return self._priced_menus[0]
+
+    @cached_property
+    def _priced_menus(self) -> tuple[Menus, Cost]:
+        s = self.settings
+        if s.cost != "latency":
+            cost = Cost(flops=1, params=0) if s.cost == "flops" else Cost(flops=0, params=1)
+            return build_menus(self.factors, cost=cost), cost
+        menus = build_menus(self.factors)
+        cache = s.state_folder / "menu-times.json"
+        times = time_menus(
+            self.factors, menus, self._example, runtime=self._runtime, cache=cache, progress=self.progress
+        )
+        return times.priced(self.factors, menus)
 
     @cached_property
     def sensitivity(self) -> dict[str, tuple[float, ...]]:
@@ -134,7 +148,9 @@ class Experiment:
     def search(self) -> Search:
         """The search, with its policies solved and nothing screened yet."""
         s = self.settings
-        settings = SearchSettings(budgets=s.budgets, candidates=s.candidates, sampler=s.sampler, seed=s.seed)
+        settings = SearchSettings(
+            budgets=s.budgets, candidates=s.candidates, sampler=s.sampler, cost=self._priced_menus[1], seed=s.seed
+        )
         return Search(self.screener, self.menus, self.sensitivity, settings, s.state_folder, self.log)
 
     @cached_property
@@ -217,9 +233,12 @@ class Experiment:
     def _example(self) -> Tensor:
         return self.calibration[: self.settings.latency_batch]
 
+    @property
+    def _runtime(self) -> str:
+        return "torch" if self.device.type == "cuda" else self.settings.runtime
+
     def _deploy(self, model: torch.nn.Module) -> Deployed:
-        runtime = "torch" if self.device.type == "cuda" else self.settings.runtime
-        return deploy(model, self._example, runtime=runtime)
+        return deploy(model, self._example, runtime=self._runtime)
 
     def _deploy_dense(self) -> Deployed:
         return self._deploy(self.baseline.model)
@@ -239,7 +258,7 @@ class Experiment:
             write_text(path, json.dumps(own, indent=1))
             return
         known = json.loads(path.read_text())
-        differing = sorted(name for name in own if known.get(name) != own[name])
+        differing = sorted(name for name in own if name in known and known[name] != own[name])
         if differing:
             raise ValueError(
                 f"{self.settings.state_folder} was begun with another {', '.join(differing)}: "

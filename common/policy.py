@@ -39,11 +39,9 @@ class Costs:
     @classmethod
     def of(cls, factors: ModelFactors, menus: Menus, cost: Cost | None = None) -> Costs:
         cost = cost or Cost()
-        entries = {
-            name: np.array([cost.share(entry.flops, entry.params, factors) for entry in menu])
-            for name, menu in menus.items()
-        }
-        return cls(entries, 1.0 - sum(shares[-1] for shares in entries.values()))
+        entries = {name: np.array([cost.of_entry(entry, factors) for entry in menu]) for name, menu in menus.items()}
+        # Layers timed alone may sum to a little more than the network they are in.
+        return cls(entries, max(0.0, 1.0 - sum(shares[-1] for shares in entries.values())))
 
     def of_choice(self, choice: Choice) -> float:
         return self.fixed + sum(self.entries[name][index] for name, index in choice.items())

@@ -13,6 +13,8 @@ PRESETS = ("quick", "cpu", "full")
 """quick: scikit-learn's digits, minutes on a laptop · cpu: MNIST at a small size, about an hour on two cores ·
 full: 224 px on a GPU."""
 
+COSTS = ("flops", "params", "latency")
+
 
 @dataclass(frozen=True)
 class RunSettings:
@@ -28,7 +30,8 @@ class RunSettings:
         train_limit: training images used, None for all.
         baseline_epochs: of the dense network, when it has to be trained.
         layers: which layers are factorised; one of common.compress.LAYER_SETS.
-        budgets: shares of the dense FLOPs that candidates may keep.
+        budgets: shares of the dense cost that candidates may keep.
+        cost: what the budgets are shares of: flops, params, or latency (measured, in the run's runtime).
         candidates: screened per budget.
         sampler: policy, tpe, random or nsga2.
         sensitivity: measured or proxy.
@@ -54,6 +57,7 @@ class RunSettings:
     baseline_epochs: int = 3
     layers: str = "all"
     budgets: tuple[float, ...] = (0.30, 0.15, 0.08)
+    cost: str = "flops"
     candidates: int = 34
     sampler: str = "policy"
     sensitivity: str = "measured"
@@ -73,6 +77,8 @@ class RunSettings:
         object.__setattr__(self, "budgets", tuple(self.budgets))
         if self.sensitivity not in ("measured", "proxy"):
             raise ValueError(f"sensitivity must be measured or proxy; got {self.sensitivity!r}")
+        if self.cost not in COSTS:
+            raise ValueError(f"cost must be one of {', '.join(COSTS)}; got {self.cost!r}")
         if not 1 <= self.finetune_epochs <= 3:
             raise ValueError(f"candidates are fine-tuned for 1 to 3 epochs; got finetune_epochs={self.finetune_epochs}")
         for name in (

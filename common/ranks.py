@@ -8,7 +8,7 @@ each has one knob, which `meet_budget` turns until the network's FLOPs fit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,33 +35,51 @@ BALANCE = 30.0
 class MenuEntry:
     """One choice for a layer: its ranks (None: dense), its cost alone, and what it does to the layer's output.
 
-    `error` is the relative squared error of the layer's output, 0 for dense.
+    `error` is the relative squared error of the layer's output, 0 for dense. `seconds` is the layer's measured time per
+    batch in its fastest execution plan, None unless `common.latency_menus` measured it.
     """
 
     ranks: Ranks | None
     params: int
     flops: int
     error: float
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What counts as cost: a weighted mix of shares of the dense network's FLOPs and parameters.
+    """What counts as cost: a weighted mix of shares of the dense network's FLOPs and parameters, or its latency.
 
     `Cost(flops=1)` counts FLOPs, `Cost(flops=0, params=1)` parameters. The weights must not be negative nor both zero.
+    With `dense_seconds`, the dense network's time per batch, measured seconds count and nothing else.
     """
 
     flops: float = 1.0
     params: float = 0.0
+    dense_seconds: float | None = None
 
     def __post_init__(self) -> None:
         if min(self.flops, self.params) < 0 or self.flops + self.params <= 0:
             raise ValueError(f"the weights of a cost must not be negative, nor both 0; got {self}")
+        if self.dense_seconds is not None and not self.dense_seconds > 0:
+            raise ValueError(f"dense_seconds must be positive; got {self.dense_seconds}")
 
     def share(self, flops: float, params: float, factors: ModelFactors) -> float:
-        """Share of the dense network's cost: 1 for the whole dense network."""
+        """Share of the dense network's FLOPs and parameters: 1 for the whole dense network."""
         mixed = self.flops * flops / factors.dense_flops + self.params * params / factors.dense_params
         return mixed / (self.flops + self.params)
+
+    def of_entry(self, entry: MenuEntry, factors: ModelFactors) -> float:
+        """Share of the dense network's cost that this entry keeps.
+
+        Raises:
+            ValueError: latency is the cost, and the entry's was not measured.
+        """
+        if self.dense_seconds is None:
+            return self.share(entry.flops, entry.params, factors)
+        if entry.seconds is None:
+            raise ValueError("latency is the cost, but the menus' times were not measured: see common.latency_menus")
+        return entry.seconds / self.dense_seconds
 
 
 Menus = Mapping[str, tuple[MenuEntry, ...]]
@@ -89,12 +107,21 @@ def build_menus(factors: ModelFactors, *, cost: Cost | None = None, size: int = 
     menus = {}
     for name, layer in factors.layers.items():
         entries = [entry for entry in _grid_entries(layer) if entry.error < 1]
-        front = _pareto_front(entries, lambda e: cost.share(e.flops, e.params, factors))
         dense = MenuEntry(None, layer.dense_params, layer.dense_flops, 0.0)
-        limit = cost.share(dense.flops, dense.params, factors)
-        front = [entry for entry in front if cost.share(entry.flops, entry.params, factors) < limit]
+        front = cheaper_front(entries, dense, lambda entry: cost.of_entry(entry, factors))
         menus[name] = (*_thinned(front, size - 1), dense)
     return menus
+
+
+def cheaper_front(
+    entries: Iterable[MenuEntry], dense: MenuEntry, cost: Callable[[MenuEntry], float]
+) -> list[MenuEntry]:
+    """The entries cheaper than dense that no other beats in both cost and error, from the cheapest on."""
+    front: list[MenuEntry] = []
+    for entry in sorted(entries, key=lambda e: (cost(e), e.error)):
+        if cost(entry) < cost(dense) and (not front or entry.error < front[-1].error):
+            front.append(entry)
+    return front
 
 
 def _grid_entries(layer: KernelFactors | MatrixFactors) -> Iterator[MenuEntry]:
@@ -130,15 +157,6 @@ def _balanced_pairs(layer: KernelFactors) -> list[tuple[int, int]]:
         or rank_in == layer.full_ranks.rank_in
         or rank_out == layer.full_ranks.rank_out
     ]
-
-
-def _pareto_front(entries: list[MenuEntry], cost: Callable[[MenuEntry], float]) -> list[MenuEntry]:
-    """The entries that no other beats in both cost and error, from the cheapest on."""
-    front: list[MenuEntry] = []
-    for entry in sorted(entries, key=lambda e: (cost(e), e.error)):
-        if not front or entry.error < front[-1].error:
-            front.append(entry)
-    return front
 
 
 def _thinned(front: list[MenuEntry], size: int) -> list[MenuEntry]:
