@@ -122,7 +122,7 @@ class Experiment:
     def _priced_menus(self) -> tuple[Menus, Cost]:
         s = self.settings
         if s.cost != "latency":
-            cost = Cost(flops=1, params=0) if s.cost == "flops" else Cost(flops=0, params=1)
+            cost = Cost(flops=s.cost != "params", params=s.cost != "flops")
             return build_menus(self.factors, cost=cost), cost
         menus = build_menus(self.factors)
         cache = s.state_folder / "menu-times.json"

@@ -170,6 +170,12 @@ class Policy:
             pulled[name] = (1 - rate) * p + rate * counts / counts.sum()
         return replace(self, probabilities=pulled)
 
+    def loosened(self) -> Policy:
+        """The pdf mixed with the even one, so that a draw departs from it in about one layer."""
+        share = 1 / len(self.probabilities)
+        mixed = {name: (1 - share) * p + share / len(p) for name, p in self.probabilities.items()}
+        return replace(self, probabilities=mixed)
+
     def entropy(self) -> float:
         """Mean entropy per layer in nats: 0 when the policy has made up its mind."""
         return float(np.mean([-(p[p > 0] * np.log(p[p > 0])).sum() for p in self.probabilities.values()]))

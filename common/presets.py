@@ -13,7 +13,7 @@ PRESETS = ("quick", "cpu", "full")
 """quick: scikit-learn's digits, minutes on a laptop · cpu: MNIST at a small size, about an hour on two cores ·
 full: 224 px on a GPU."""
 
-COSTS = ("flops", "params", "latency")
+COSTS = ("flops", "params", "mix", "latency")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class RunSettings:
         baseline_epochs: of the dense network, when it has to be trained.
         layers: which layers are factorised; one of common.compress.LAYER_SETS.
         budgets: shares of the dense cost that candidates may keep.
-        cost: what the budgets are shares of: flops, params, or latency (measured, in the run's runtime).
+        cost: what the budgets are shares of: flops, params, the mean of the two (mix), or latency (measured, in the
+            runtime of the run).
         candidates: screened per budget.
         sampler: policy, tpe, random or nsga2.
         sensitivity: measured or proxy.
@@ -135,6 +136,10 @@ _DEFAULT_SIZE = {"quick": 32, "cpu": 32, "full": 224}
 _QUICK_EPOCHS = {"alexnet": 12, "vgg16": 12}
 """Networks without batch norm need more passes over the 1,294 training images of digits."""
 
+CLASSIFIER_HEAVY = ("alexnet", "vgg")
+"""Networks whose parameters sit in the classifier and whose FLOPs in the convolutions: both count as cost."""
+
+
 
 def preset(name: str, model: str, **overrides: Any) -> RunSettings:
     """The settings of a preset for a model; overrides that are None leave the preset's value.
@@ -164,6 +169,8 @@ def preset(name: str, model: str, **overrides: Any) -> RunSettings:
         settings = RunSettings(model, "mnist", size, train_limit=limit, baseline_epochs=3 if limit is None else 4)
     else:
         settings = RunSettings(model, "mnist", size, weights="imagenet", latency_batch=64, runtime="torch")
+    if model.startswith(CLASSIFIER_HEAVY):
+        settings = replace(settings, cost="mix")
     known = {field.name for field in fields(RunSettings)}
     if unknown := set(overrides) - known:
         raise ValueError(f"unknown knob {sorted(unknown)[0]!r}; there are {', '.join(sorted(known))}")

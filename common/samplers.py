@@ -27,7 +27,8 @@ ELITE_SHARE = 0.25
 """Share of the finished trials that are the elite."""
 
 REDRAWS = 64
-"""How often the policy draws again when it has drawn a configuration that was tried before."""
+"""How often the policy draws again when it has drawn a configuration that was tried before; then, as a pdf that has
+made up its mind may know nothing new, as often again from the loosened pdf."""
 
 
 def search_space(policy: Policy) -> dict[str, IntDistribution]:
@@ -63,10 +64,10 @@ class PolicySampler(BaseSampler):
         policy = self.policy(finished)
         generator = np.random.default_rng([self._seed, self._number])
         drawn = policy.sample(generator)
-        for _ in range(REDRAWS):
+        for redraw in range(2 * REDRAWS):
             if _key(drawn) not in tried:
                 break
-            drawn = policy.sample(generator)
+            drawn = (policy if redraw < REDRAWS else policy.loosened()).sample(generator)
         return drawn
 
     def sample_independent(
