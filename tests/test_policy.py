@@ -148,6 +148,11 @@ def test_update_rates_of_zero_and_one_are_the_prior_and_the_elite(policy):
     assert policy.updated([], 0.5) is policy
 
 
+def test_the_loosened_policy_is_a_pdf_that_knows_every_entry(policy):
+    assert all(p.sum() == pytest.approx(1) and p.min() > 0 for p in policy.loosened().probabilities.values())
+    assert policy.loosened().entropy() > policy.entropy()
+
+
 @pytest.mark.parametrize("rate", [-0.1, 1.1])
 def test_update_rates_outside_zero_to_one_are_refused(policy, rate):
     with pytest.raises(ValueError, match=rf"rate must be in \[0, 1\]; got {rate}"):
