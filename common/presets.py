@@ -140,7 +140,6 @@ CLASSIFIER_HEAVY = ("alexnet", "vgg")
 """Networks whose parameters sit in the classifier and whose FLOPs in the convolutions: both count as cost."""
 
 
-
 def preset(name: str, model: str, **overrides: Any) -> RunSettings:
     """The settings of a preset for a model; overrides that are None leave the preset's value.
 
