@@ -85,7 +85,7 @@ def test_running_out_of_memory_fails_the_candidate(screener, factors, monkeypatc
         raise error
 
     monkeypatch.setattr(screener, "build", exhausted)
-    with pytest.raises(CandidateFailed, match="^out of memory") as caught:
+    with pytest.raises(CandidateFailed, match=r"^out of memory") as caught:
         screener.screen(uniform(factors, 0.3))
     assert "\n" not in str(caught.value)
 
