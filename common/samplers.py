@@ -57,8 +57,10 @@ class PolicySampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        tried = {_key(t.params) for t in finished}
+        trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL))
+        finished = [t for t in trials if t.state == TrialState.COMPLETE]
+        # A failure with a record is a result too; one without was cut off, and is to be proposed again.
+        tried = {_key(t.params) for t in trials if t.state == TrialState.COMPLETE or "record" in t.user_attrs}
         if self._number == 0:
             return self._prior.mode()
         policy = self.policy(finished)

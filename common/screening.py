@@ -71,7 +71,8 @@ class Screener:
         try:
             accuracy, distance = self._evaluate(self.build(config))
         except (torch.OutOfMemoryError, MemoryError) as error:
-            raise CandidateFailed(f"out of memory: {str(error).splitlines()[0]}") from error
+            said = str(error).splitlines() or ["the operating system gave no more"]
+            raise CandidateFailed(f"out of memory: {said[0]}") from error
         if not torch.isfinite(torch.tensor(distance)):
             raise CandidateFailed(f"the compressed network's outputs are not finite (divergence {distance})")
         factors = self.factors

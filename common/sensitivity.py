@@ -112,10 +112,11 @@ def _fingerprint(factors: ModelFactors, menus: Menus, images: Tensor, anchors: i
 
 
 def _read_cache(cache: Path, fingerprint: str) -> dict[str, tuple[float, ...]] | None:
+    """The cached values; None if there are none, they belong to something else, or the file is damaged."""
     try:
-        content = json.loads(cache.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        content = json.loads(cache.read_text(encoding="utf-8"))
+        if content["fingerprint"] != fingerprint:
+            return None
+        return {name: tuple(float(value) for value in values) for name, values in content["sensitivity"].items()}
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    if not isinstance(content, dict) or content.get("fingerprint") != fingerprint:
-        return None
-    return {name: tuple(values) for name, values in content["sensitivity"].items()}

@@ -14,12 +14,11 @@ from common.screening import CandidateFailed, Screener
 from common.splits import Split
 
 
-def test_full_ranks_are_the_dense_network_over_again(screener, factors, digits):
-    found = screener.screen(factors.full_ranks())
-    recalibrated = screener.build({})
-    assert found.accuracy == evaluate(recalibrated, digits.val, limit=64).accuracy
-    assert found.divergence == pytest.approx(screener.screen({}).divergence, abs=1e-4)
-    assert found.divergence < 0.02
+def test_full_ranks_say_what_the_dense_network_says(screener, factors):
+    """Up to batch norm's statistics, which are those of the calibration images from then on."""
+    full = screener.screen(factors.full_ranks())
+    assert full.divergence < 0.02
+    assert full.divergence < 0.5 * screener.screen(uniform(factors, 0.2)).divergence
 
 
 def test_without_batch_norm_to_estimate_full_ranks_diverge_by_nothing(screener, factors, monkeypatch, digits):
