@@ -163,9 +163,7 @@ class KernelFactors(LayerFactors):
         self.check(ranks)
         _, _, k_h, k_w = self.shape
         core = self.core[: ranks.rank_in, :, :, : ranks.rank_out].reshape(ranks.rank_in * k_h, -1)
-        basis, side = self._middle(ranks.rank_in, ranks.rank_out)
-        basis = basis[:, : ranks.rank_mid]
-        left, right = (basis, basis.T @ core) if side == "left" else (core @ basis, basis.T)
+        left, right = self._split(core, ranks)
         row = left.T.reshape(ranks.rank_mid, ranks.rank_in, k_h) @ self.unwhiten_row
         col = right.reshape(ranks.rank_mid, k_w, ranks.rank_out)
         col = torch.einsum("mwo,wv->mov", col, self.unwhiten_col)
@@ -181,6 +179,16 @@ class KernelFactors(LayerFactors):
             ("out",): self.expand[:, : ranks.rank_out, None, None],
         }
         return merge_stages(chain, self.groups(ranks))
+
+    def _split(self, core: Tensor, ranks: KernelRanks) -> tuple[Tensor, Tensor]:
+        """The best ``(rank_in k_h, rank_mid)`` and ``(rank_mid, k_w rank_out)`` whose product stands for the core."""
+        if ranks.rank_mid == min(core.shape):
+            # Nothing is cut, so the core itself is one of the two: no decomposition, and no digit lost in one.
+            whole = torch.eye(ranks.rank_mid).to(core)
+            return (whole, core) if len(core) == ranks.rank_mid else (core, whole)
+        basis, side = self._middle(ranks.rank_in, ranks.rank_out)
+        basis = basis[:, : ranks.rank_mid]
+        return (basis, basis.T @ core) if side == "left" else (core @ basis, basis.T)
 
     def groups(self, ranks: KernelRanks) -> tuple[tuple[str, ...], ...]:
         """The stages that stay apart: a leaf basis that is whole, or beside a window of size one, is merged."""

@@ -11,24 +11,39 @@ from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from common.compress import LAYER_SETS, config_str, factorize
 from common.cost import count_flops, count_params
 from common.layers import HTLayer, KernelRanks, MatrixRanks
+from common.recalibrate import recalibrate
 from common.runlog import parse_config_str
 
 
-def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Batch-norm statistics and scales as a trained network might have them, instead of 0 and 1; in eval mode."""
+def randomised(model: nn.Module, shape: tuple[int, int, int], seed: int = 0) -> nn.Module:
+    """Batch norm as in a trained network, instead of statistics 0 and 1; in eval mode.
+
+    The statistics are about those of the activations, so that the signal of the image survives to the last layer:
+    a network whose output is a constant would be reproduced by anything.
+    """
     generator = torch.Generator().manual_seed(seed)
+
+    def noise(norm: nn.BatchNorm2d) -> Tensor:
+        return torch.randn(norm.num_features, generator=generator)
+
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     with torch.no_grad():
-        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
-            norm.running_mean.copy_(0.1 * torch.randn(norm.num_features, generator=generator))
-            norm.running_var.copy_(0.5 + torch.rand(norm.num_features, generator=generator))
-            norm.weight.copy_(0.5 + torch.rand(norm.num_features, generator=generator))
-            norm.bias.copy_(0.1 * torch.randn(norm.num_features, generator=generator))
+        for norm in norms:
+            norm.weight.copy_((0.2 * noise(norm)).exp())
+            norm.bias.copy_(0.1 * noise(norm))
+        recalibrate(model, torch.randn(8, *shape, generator=generator))
+        for norm in norms:
+            norm.running_mean += 0.1 * norm.running_var.sqrt() * noise(norm)
+            norm.running_var *= (0.2 * noise(norm)).exp()
     return model.eval()
 
 
 def torchvision_net(name: str, **options) -> nn.Module:
     torch.manual_seed(1)
-    return randomised(getattr(torchvision.models, name)(num_classes=10, **options))
+    return randomised(getattr(torchvision.models, name)(num_classes=10, **options), (3, 64, 64))
+
+
+SMALL_SHAPE = (3, 8, 9)
 
 
 def small_net() -> nn.Sequential:
@@ -46,11 +61,9 @@ def small_net() -> nn.Sequential:
             nn.Linear(36 * 4 * 3, 40),
             nn.ReLU(),
             nn.Linear(40, 33),
-        )
+        ),
+        SMALL_SHAPE,
     )
-
-
-SMALL_SHAPE = (3, 8, 9)
 
 
 def images(shape: tuple[int, int, int] = SMALL_SHAPE, count: int = 4, seed: int = 3) -> Tensor:
@@ -81,6 +94,11 @@ def relative_difference(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
+def spread(outputs: Tensor) -> float:
+    """How much the outputs (N, classes) differ from image to image, relative to their size."""
+    return relative_difference(outputs, outputs.mean(0, keepdim=True).expand_as(outputs))
+
+
 def storages(module: nn.Module) -> set[int]:
     return {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers()) if t.numel()}
 
@@ -94,32 +112,31 @@ def factor_storages(factors) -> set[int]:
 
 # --- full ranks -------------------------------------------------------------------------------------------------------
 
-NETWORKS = {
-    "resnet18": {},
-    "resnet50": {},
-    "googlenet": {"init_weights": False},
-    "densenet121": {},
-    "mobilenet_v2": {},
-    "squeezenet1_1": {},
-    "alexnet": {},
-    "vgg16": {},
-}
+NETWORKS = ["resnet18", "resnet50", "googlenet", "densenet121", "mobilenet_v2", "squeezenet1_1"]
+# Half a minute and a minute: their classifiers ask for eigenvectors of 4096 x 4096 matrices.
+NETWORKS += [pytest.param(name, marks=pytest.mark.slow) for name in ("alexnet", "vgg16")]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_full_ranks_reproduce_torchvisions_networks(name):
-    model, x = torchvision_net(name, **NETWORKS[name]), images((3, 64, 64), count=2)
+    options = {"init_weights": False} if name == "googlenet" else {}
+    model, x = torchvision_net(name, **options), images((3, 64, 64), count=2)
     factors = factorize(model, input_shape=(3, 64, 64))
+    compressed = factors.compress(factors.full_ranks())
+    assert len(factors.full_ranks()) >= 5
     with torch.no_grad():
-        assert relative_difference(factors.compress(factors.full_ranks())(x), model(x)) < 1e-4
+        assert spread(model(x)) > 0.01
+        assert relative_difference(compressed(x), model(x)) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1"])
-def test_data_aware_full_ranks_reproduce_networks_on_images_that_were_not_seen(name):
+@pytest.mark.parametrize("count", [2, 8])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "squeezenet1_1"])
+def test_data_aware_full_ranks_reproduce_networks_on_images_that_were_not_seen(name, count):
+    """Two images leave most directions of the deep layers unseen; their whitening is undone all the same."""
     model, x = torchvision_net(name), images((3, 64, 64), count=2)
-    factors = factorize(model, images((3, 64, 64), seed=4))
+    factors = factorize(model, images((3, 64, 64), count, seed=4))
     with torch.no_grad():
-        assert relative_difference(factors.compress(factors.full_ranks())(x), model(x)) < 1e-4
+        assert relative_difference(factors.compress(factors.full_ranks())(x), model(x)) < 2e-5
 
 
 def test_full_ranks_reproduce_a_network_with_linear_layers_on_channels_last_maps():

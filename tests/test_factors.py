@@ -224,6 +224,41 @@ def test_what_cutting_the_output_leaf_alone_loses_is_the_variance_measured_there
         assert factors.output_error(ranks) == pytest.approx(lost.item(), rel=0.02, abs=1e-4)
 
 
+def varying(outputs: Tensor) -> Tensor:
+    """(N, C, H, W) less the mean of each channel, which bias correction and batch norm restore."""
+    return outputs - outputs.mean((0, 2, 3), keepdim=True)
+
+
+def test_without_correlation_between_positions_the_error_is_that_of_the_output():
+    """The promise of the whitening: for a window that meets independent pixels, the estimate is the measured error."""
+    torch.manual_seed(7)
+    layer, images = nn.Conv2d(6, 9, (2, 3)).double(), correlated_images(400)
+    factors = kernel_factors(layer, images)
+    with torch.no_grad():
+        dense = layer(images)
+        for ranks in (KernelRanks(1, 2, 3), KernelRanks(2, 4, 3), KernelRanks(4, 3, 6), KernelRanks(3, 6, 8)):
+            lost = varying(factors.layer(ranks)(images) - dense).square().sum() / varying(dense).square().sum()
+            assert factors.output_error(ranks) == pytest.approx(lost.item(), rel=0.05)
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_data_aware_bases_lose_less_of_the_output_than_weight_only_ones(smooth):
+    """On images that were not seen, with the channels correlated, and neighbouring positions too."""
+    torch.manual_seed(8)
+    layer, (seen, unseen) = nn.Conv2d(6, 12, 3).double(), (correlated_images(64, seed=seed) for seed in (0, 9))
+    if smooth:
+        seen, unseen = (nn.functional.avg_pool2d(images, 3, stride=1, padding=1) for images in (seen, unseen))
+    lost = {}
+    with torch.no_grad():
+        dense = layer(unseen)
+        for bases in BASES:
+            truncated = kernel_factors(layer, seen, bases=bases).layer(KernelRanks(2, 5, 4))
+            lost[bases] = (varying(truncated(unseen) - dense).square().sum() / varying(dense).square().sum()).item()
+    assert lost["input"] < 0.5 * lost["weight"]
+    assert lost["both"] < 0.5 * lost["weight"]
+    assert lost["both"] < 1.2 * lost["input"]
+
+
 @pytest.mark.parametrize("name", ["1x1, wide", "linear"])
 def test_a_matrix_layers_truncation_is_optimal_in_the_mean_square_of_its_output(name):
     """Against brute force: the singular vectors of W C^(1/2), with C the covariance of the input."""
