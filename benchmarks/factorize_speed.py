@@ -74,6 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0, or 2 for bad input."""
     options = _parser().parse_args(arguments)
     try:
+        if options.rounds < 1:
+            raise ValueError(f"--rounds must be at least 1; got {options.rounds}")
         if options.checkpoint:
             model, _ = load_checkpoint(options.checkpoint, architecture="resnet18")
         else:
