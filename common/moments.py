@@ -69,20 +69,25 @@ class _WindowAccumulator:
         self._dilation = (1, 1) if trace.unflatten else layer.dilation
         self._channels = _Accumulator()
         self._products = [torch.zeros(size, size, dtype=torch.float64) for size in self._size]
+        # Map shape -> images, and their sum: a shared layer may meet maps of several sizes.
+        self._maps: dict[torch.Size, tuple[int, Tensor]] = {}
 
     def add(self, features: Tensor) -> None:
         features = features if self._unflatten is None else features.reshape(-1, *self._unflatten)
         self._channels.add(channels_last_rows(features))
         centred = features - self._channels.origin.reshape(-1, 1, 1)
         for axis in (0, 1):
-            self._products[axis] += self._along(centred.movedim(2 + axis, -1), axis).cpu()
+            self._products[axis] += self._along(centred, axis)
+        count, total = self._maps.get(features.shape[1:], (0, 0.0))
+        self._maps[features.shape[1:]] = count + len(features), total + centred.sum(0).double()
 
     def _along(self, features: Tensor, axis: int) -> Tensor:
-        """Summed products of positions that a window sees together, ``features: (..., length)``: (size, size)."""
+        """Summed products of positions that a window sees together, ``features: (..., H, W)``: (size, size)."""
+        features = features.movedim(axis - 2, -1)
         size, step = self._size[axis], self._dilation[axis]
         if self._unflatten is not None:
             rows = features.reshape(-1, size)
-            return (rows.T @ rows).double()
+            return (rows.T @ rows).double().cpu()
         length = features.shape[-1]
         # Summed over fewer positions the larger the lag: a biased estimate of a stationary covariance, but one that is
         # positive semidefinite, and right about zero padding, which takes part in the windows at the border.
@@ -93,13 +98,22 @@ class _WindowAccumulator:
             for lag in range(size)
         ]
         distance = (torch.arange(size)[:, None] - torch.arange(size)).abs()
-        return torch.stack(lags)[distance.to(features.device)]
+        return torch.stack(lags).cpu()[distance]
 
     @property
     def covariances(self) -> tuple[Tensor, Tensor, Tensor]:
         channels = self._channels.covariance
-        rows, columns = (_unit_mean_variance(product).to(channels.device) for product in self._products)
+        rows, columns = (_unit_mean_variance(self._recentred(axis)).to(channels.device) for axis in (0, 1))
         return channels, rows, columns
+
+    def _recentred(self, axis: int) -> Tensor:
+        """The products about the mean over all images, where they were summed about the first batch's."""
+        shift = (self._channels.total / self._channels.count).reshape(-1, 1, 1)
+        products = self._products[axis]
+        for count, total in self._maps.values():
+            mean = total / count
+            products = products + count * (self._along(mean - shift, axis) - self._along(mean, axis))
+        return products
 
 
 def _unit_mean_variance(products: Tensor) -> Tensor:

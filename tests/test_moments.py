@@ -74,6 +74,16 @@ def test_rows_and_columns_of_the_window_are_as_correlated_as_neighbouring_pixels
     np.testing.assert_allclose(columns, np.ones((2, 2)), atol=0.08)
 
 
+def test_a_window_of_a_shared_layer_sees_maps_of_several_sizes():
+    """The channels' covariance is that over the positions of both calls' inputs."""
+    shared, x = nn.Conv2d(C, C, 3, padding=1), images()
+    model = nn.Sequential(shared, nn.AvgPool2d(2), shared)
+    channels, _, _ = gather(model, x, kernels=["0"], batch_size=4)["0"].window
+    found = activations(model, x)
+    pixels = np.concatenate([rows_of(found[0]), rows_of(found[2])])
+    np.testing.assert_allclose(channels, np.cov(pixels, rowvar=False, bias=True), rtol=1e-5, atol=1e-6)
+
+
 def test_the_input_moment_behind_a_flatten_is_that_of_the_feature_map():
     model, x = small_net(), images()
     moments = gather(model, x, kernels=["5"])
@@ -93,13 +103,15 @@ def test_input_moments_are_gathered_for_kernels_only():
 @pytest.mark.parametrize("batch_size", [1, 4, 11, 128])
 def test_batches_do_not_matter(batch_size):
     model, x = small_net(), images()
-    whole = gather(model, x, kernels=["0"])
-    split = gather(model, x, kernels=["0"], batch_size=batch_size)
-    given = gather(model, iter(x.split(batch_size)), kernels=["0"])
+    x += torch.linspace(-1, 1, len(x))[:, None, None, None]  # the first image, or batch, is darker than the rest
+    whole = gather(model, x, kernels=["0", "5"])
+    split = gather(model, x, kernels=["0", "5"], batch_size=batch_size)
+    given = gather(model, iter(x.split(batch_size)), kernels=["0", "5"])
     for name, expected in whole.items():
         for found in (split[name], given[name]):
             torch.testing.assert_close(found.output_mean, expected.output_mean, rtol=1e-4, atol=1e-6)
             torch.testing.assert_close(found.output_covariance, expected.output_covariance, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(found.window, expected.window, rtol=1e-4, atol=1e-5)
 
 
 def test_a_linear_layer_on_rows_has_its_channels_last():
