@@ -5,7 +5,8 @@
 A classic rule (uniform, energy, vbmf) looks at the weights' singular values and proposes one configuration per budget.
 A sampler (policy, tpe, random, nsga2) proposes --evaluations of them, and the best when screened is taken. All are
 compressed with the same data-aware factors, recalibrated alike and fine-tuned alike. The ablation screens the policy's
-most probable configuration with one thing taken away at a time.
+most probable configuration with one thing taken away at a time. All seeds share the baseline and its split; a seed
+decides the calibration images, the samplers' draws and the order of fine-tuning's batches.
 
 Writes rows.json after every row and goes on where an interrupted run stopped; then the tables and the plot.
 """
@@ -40,10 +41,10 @@ from common.presets import RunSettings
 from common.promotion import teacher_logits
 from common.provenance import provenance
 from common.ranks import RULES, build_menus, meet_budget, worthwhile
-from common.samplers import SAMPLERS, make_sampler, search_space, within_budget
+from common.samplers import SAMPLERS, UPDATE_RATE, make_sampler, search_space, within_budget
 from common.screening import CandidateFailed, Screener, Screening
 from common.search import exclusive
-from common.sensitivity import measured_sensitivity
+from common.sensitivity import blended_sensitivity, measured_sensitivity, proxy_sensitivity
 from finetuned.finetune_models import baseline
 
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -53,6 +54,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no recalibration": {"recalibrated": False},
     "size heuristic off": {"use_size": False},
     "sensitivity off": {"use_sensitivity": False},
+    "sensitivity: measured divergence alone": {"sensitivity": "measured"},
+    "sensitivity: output error alone": {"sensitivity": "proxy"},
 }
 
 
@@ -61,18 +64,22 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, seed: int) -> None:
         self.options, self.seed = options, seed
-        self.dataset = data.load(
-            options.dataset, image_size=options.image_size, seed=seed, train_limit=options.train_limit
-        )
+        # One split for every seed, the one that the baseline was trained on: it never saw what is validated on.
+        self.dataset = data.load(options.dataset, image_size=options.image_size, train_limit=options.train_limit)
         self.dense = baseline(options.model, self.dataset)
         self.images = self.dataset.train.sample(min(options.calibration, len(self.dataset.train)), seed)
         self._factors: dict[str, ModelFactors] = {}
         self.menus = build_menus(self.factors("both"))
         self.costs = Costs.of(self.factors("both"), self.menus)
         cache = options.out / f"sensitivity-{seed}.json"
-        self.sensitivity = measured_sensitivity(self.factors("both"), self.menus, self.images[:256], cache=cache)
+        measured = measured_sensitivity(self.factors("both"), self.menus, self.images[:256], cache=cache)
+        self.sensitivities = {
+            "blended": blended_sensitivity(self.menus, measured),
+            "measured": measured,
+            "proxy": proxy_sensitivity(self.menus),
+        }
         self.screener = self.make_screener("both")
-        self.teacher = teacher_logits(self.dense.model, self.dataset, options.out / f"teacher-{seed}")
+        self.teacher = teacher_logits(self.dense.model, self.dataset, options.out)
 
     def factors(self, bases: str) -> ModelFactors:
         if bases not in self._factors:
@@ -82,8 +89,8 @@ class Bench:
     def make_screener(self, bases: str) -> Screener:
         return Screener(self.factors(bases), self.images, self.dataset.val, limit=self.options.screen)
 
-    def policy(self, budget: float, **switches: bool) -> Policy:
-        return Policy.solve(self.sensitivity, self.costs, budget, **switches)
+    def policy(self, budget: float, sensitivity: str = "blended", **switches: bool) -> Policy:
+        return Policy.solve(self.sensitivities[sensitivity], self.costs, budget, **switches)
 
     def settings(self) -> TrainSettings:
         """Fine-tuning as in a run, but no longer than --batches."""
@@ -111,7 +118,9 @@ def rule_choice(bench: Bench, rule: str, budget: float) -> tuple[dict, Screening
     return config, bench.screener.screen(config), 1
 
 
-def sampler_choice(bench: Bench, kind: str, budget: float, *, update_rate: float = 0.5) -> tuple[dict, Screening, int]:
+def sampler_choice(
+    bench: Bench, kind: str, budget: float, *, update_rate: float = UPDATE_RATE
+) -> tuple[dict, Screening, int]:
     """The best of --evaluations configurations, by the divergence when screened."""
     policy = bench.policy(budget)
     study = optuna.create_study(direction="maximize")
@@ -158,7 +167,7 @@ def rows(bench: Bench, done: Callable[[dict[str, Any]], bool]) -> Iterator[dict[
             if name in RULES:
                 config, found, evaluations = rule_choice(bench, name, budget)
             else:
-                rate = 0.0 if name.endswith("no update") else 0.5
+                rate = 0.0 if name.endswith("no update") else UPDATE_RATE
                 config, found, evaluations = sampler_choice(bench, name.split(",")[0], budget, update_rate=rate)
             searched = time.perf_counter() - started
             yield {
@@ -217,10 +226,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--train-limit", type=int, metavar="IMAGES", help="use a stratified subset for fine-tuning")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.30, 0.15, 0.08], help="shares of dense FLOPs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--evaluations", type=int, default=20, help="configurations each sampler may screen")
-    parser.add_argument("--batches", type=int, default=150, help="of fine-tuning, 128 images each")
-    parser.add_argument("--calibration", type=int, default=1024, metavar="IMAGES")
-    parser.add_argument("--screen", type=int, default=2000, metavar="IMAGES", help="validation images screened on")
+    parser.add_argument("--evaluations", type=int, default=16, help="configurations each sampler may screen")
+    parser.add_argument("--batches", type=int, default=80, help="of fine-tuning, 128 images each")
+    parser.add_argument("--calibration", type=int, default=512, metavar="IMAGES")
+    parser.add_argument("--screen", type=int, default=1000, metavar="IMAGES", help="validation images screened on")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     parser.add_argument("--out", type=Path, help="default: results/rank-selection-MODEL-DATASET-SIZE")
     return parser

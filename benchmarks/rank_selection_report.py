@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from scipy.stats import spearmanr
 from tabulate import tabulate
 
 from common import plots
@@ -21,7 +22,7 @@ def write_report(content: Mapping[str, Any], out: Path) -> str:
     dense = content["dense_test"]
     texts = []
     for style in ("github", "pretty"):
-        parts = [rule_table(rules, style), note(rules, dense)]
+        parts = [rule_table(rules, style), params_table(rules, style), note(rules, dense)]
         write_text(out / ("table.md" if style == "github" else "table.txt"), "\n\n".join(parts) + "\n")
         texts.append("\n".join(parts))
     if ablations:
@@ -48,40 +49,66 @@ def rule_table(rows: Sequence[Mapping[str, Any]], style: str) -> str:
     return tabulate(lines, headers=[*heads, "hypervolume", "search"], tablefmt=style, disable_numparse=True)
 
 
+def params_table(rows: Sequence[Mapping[str, Any]], style: str) -> str:
+    """One line per rule: the share of the dense parameters kept at each budget of FLOPs, mean over the seeds."""
+    return _by_budget(rows, "params_kept", "share of parameters kept", style, "{:.1%}")
+
+
 def ablation_table(rows: Sequence[Mapping[str, Any]], style: str) -> str:
     """One line per thing taken away; accuracy screened per budget, mean and spread over the seeds."""
+    return _by_budget(rows, "val_screened", "ablation", style)
+
+
+def _by_budget(rows: Sequence[Mapping[str, Any]], key: str, head: str, style: str, form: str = "{:.4f}") -> str:
     budgets = sorted({row["budget"] for row in rows}, reverse=True)
-    lines = [
-        [
-            name,
-            *(
-                mean_spread([r for r in rows if r["name"] == name and r["budget"] == b], "val_screened")
-                for b in budgets
-            ),
-        ]
-        for name in dict.fromkeys(row["name"] for row in rows)
-    ]
-    return tabulate(lines, headers=["ablation", *(f"{b:.0%}" for b in budgets)], tablefmt=style, disable_numparse=True)
+    lines = []
+    for name in dict.fromkeys(row["name"] for row in rows):
+        own = [row for row in rows if row["name"] == name]
+        lines.append([name, *(mean_spread([r for r in own if r["budget"] == b], key, form) for b in budgets)])
+    return tabulate(lines, headers=[head, *(f"{b:.0%}" for b in budgets)], tablefmt=style, disable_numparse=True)
+
+
+def correlations(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Spearman's rank correlation of what screening saw with test accuracy after fine-tuning, over all fine-tuned rows.
+
+    "accuracy" and "divergence" (its negative) over all budgets, and "accuracy at B" within one budget, where the
+    candidates differ in their ranks alone and the agreement is harder. Fewer than 3 rows have no correlation.
+    """
+    done = [row for row in rows if row.get("test_accuracy") is not None]
+    parts = {
+        "accuracy": (done, lambda row: row["val_screened"]),
+        "divergence": (done, lambda row: -row["divergence"]),
+    }
+    for budget in sorted({row["budget"] for row in done}, reverse=True):
+        own = [row for row in done if row["budget"] == budget]
+        parts[f"accuracy at {budget:.0%}"] = (own, lambda row: row["val_screened"])
+    return {
+        label: float(spearmanr([seen(row) for row in own], [row["test_accuracy"] for row in own]).statistic)
+        for label, (own, seen) in parts.items()
+        if len(own) >= 3
+    }
 
 
 def note(rows: Sequence[Mapping[str, Any]], dense: float) -> str:
     """What the numbers are."""
     seeds = sorted({row["seed"] for row in rows})
     failed = sum(row["status"] == "failed" for row in rows)
+    agreement = ", ".join(f"{label} {value:.2f}" for label, value in correlations(rows).items())
     return (
         "Columns are shares of the dense FLOPs (multiply-accumulates). Screened: validation accuracy, no training; "
         f"fine-tuned: test accuracy. Mean over {len(seeds)} seed(s), ± standard deviation. Dense: {dense:.4f} on test. "
-        f"Hypervolume of (FLOPs saved, test accuracy) above the accuracy 0.9. {len(rows)} rows, {failed} failed."
+        f"Hypervolume of (FLOPs saved, test accuracy) above the accuracy 0.9. {len(rows)} rows, {failed} failed. "
+        f"Spearman's correlation of screened with fine-tuned test accuracy: {agreement or 'too few rows'}."
     )
 
 
-def mean_spread(rows: Sequence[Mapping[str, Any]], key: str) -> str:
+def mean_spread(rows: Sequence[Mapping[str, Any]], key: str, form: str = "{:.4f}") -> str:
     """Mean ± standard deviation of what was measured."""
     values = [row[key] for row in rows if row.get(key) is not None]
     if not values:
         return "failed" if rows else "-"
-    mean = f"{statistics.mean(values):.4f}"
-    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
+    mean = form.format(statistics.mean(values))
+    return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
 
 
 def hypervolume(points: Sequence[tuple[float, float]], floor: float = 0.9) -> float:

@@ -32,7 +32,7 @@ from common.ranks import Cost, Menus, build_menus
 from common.runlog import RunLog
 from common.screening import Screener
 from common.search import Search, SearchSettings, exclusive, promote
-from common.sensitivity import measured_sensitivity, proxy_sensitivity
+from common.sensitivity import blended_sensitivity, measured_sensitivity, proxy_sensitivity
 from common.train_settings import recipe
 from finetuned.finetune_models import Baseline, baseline
 
@@ -77,7 +77,12 @@ class Experiment:
         """The splits, on the device."""
         s = self.settings
         return data.load(
-            s.dataset, s.data_root, image_size=s.image_size, seed=s.seed, device=self.device, train_limit=s.train_limit
+            s.dataset,
+            s.data_root,
+            image_size=s.image_size,
+            seed=s.split_seed,
+            device=self.device,
+            train_limit=s.train_limit,
         )
 
     @cached_property
@@ -85,7 +90,7 @@ class Experiment:
         """The trained dense network: loaded, or trained now if there is no checkpoint (it says which)."""
         s = self.settings
         train = recipe(s.model, pretrained=s.weights == "imagenet", train_images=len(self.dataset.train))
-        train = type(train)(**{**asdict(train), "epochs": s.baseline_epochs, "seed": s.seed})
+        train = type(train)(**{**asdict(train), "epochs": s.baseline_epochs, "seed": s.split_seed})
         return baseline(s.model, self.dataset, train, weights=s.weights, progress=self.progress)
 
     @cached_property
@@ -138,7 +143,8 @@ class Experiment:
             return proxy_sensitivity(self.menus)
         images = self.calibration[:SENSITIVITY_IMAGES]
         cache = self.settings.state_folder / "sensitivity.json"
-        return measured_sensitivity(self.factors, self.menus, images, cache=cache, progress=self.progress)
+        measured = measured_sensitivity(self.factors, self.menus, images, cache=cache, progress=self.progress)
+        return measured if self.settings.sensitivity == "measured" else blended_sensitivity(self.menus, measured)
 
     @cached_property
     def screener(self) -> Screener:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -160,9 +161,16 @@ def _train_epoch(
 
 def _forward(model: nn.Module, images: Tensor, settings: TrainSettings) -> Tensor:
     """(B, C, S, S) -> logits (B, classes) float32, under bfloat16 autocast where the settings ask for it."""
-    amp = settings.amp if settings.amp is not None else images.is_cuda
+    amp = settings.amp if settings.amp is not None else images.is_cuda or _cpu_has_bfloat16()
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=amp):
         return model(images.contiguous(memory_format=torch.channels_last)).float()
+
+
+@cache
+def _cpu_has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 in hardware; elsewhere autocast would only cost time."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 to 2.9 cannot tell
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
 def _loss(logits: Tensor, batch: Batch, settings: TrainSettings, teacher_logits: Tensor | None) -> Tensor:

@@ -21,6 +21,9 @@ from common.ranks import Cost, Menus
 Choice = Mapping[str, int]
 """Layer name -> index into its menu."""
 
+TEMPERATURE = 0.25
+"""Of the pdf, in multiples of the mean sensitivity per layer; colder proposes little new, hotter wastes candidates."""
+
 LARGEST_LAMBDA = 1e12
 
 
@@ -87,7 +90,7 @@ class Policy:
         costs: Costs,
         budget: float,
         *,
-        temperature: float = 0.5,
+        temperature: float = TEMPERATURE,
         use_sensitivity: bool = True,
         use_size: bool = True,
     ) -> Policy:
@@ -170,9 +173,9 @@ class Policy:
             pulled[name] = (1 - rate) * p + rate * counts / counts.sum()
         return replace(self, probabilities=pulled)
 
-    def loosened(self) -> Policy:
-        """The pdf mixed with the even one, so that a draw departs from it in about one layer."""
-        share = 1 / len(self.probabilities)
+    def loosened(self, layers: int = 1) -> Policy:
+        """The pdf mixed with the even one, so that a draw departs from it in about this many layers."""
+        share = min(1.0, layers / len(self.probabilities))
         mixed = {name: (1 - share) * p + share / len(p) for name, p in self.probabilities.items()}
         return replace(self, probabilities=mixed)
 

@@ -14,6 +14,7 @@ PRESETS = ("quick", "cpu", "full")
 full: 224 px on a GPU."""
 
 COSTS = ("flops", "params", "mix", "latency")
+SENSITIVITIES = ("blended", "measured", "proxy")
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class RunSettings:
             runtime of the run).
         candidates: screened per budget.
         sampler: policy, tpe, random or nsga2.
-        sensitivity: measured or proxy.
+        sensitivity: blended, measured or proxy; see `common.sensitivity`.
         calibration_images: training images for moments, batch norm and biases.
         screen_images: validation images that a candidate is screened on.
         promote: candidates fine-tuned per budget, before halving.
@@ -44,7 +45,9 @@ class RunSettings:
         latency_batch: images per batch when speed is measured.
         runtime: torch or onnxruntime; what both sides are deployed to.
         device: auto, cpu, cuda.
-        seed: of everything random.
+        seed: of everything random in the search and the fine-tuning.
+        split_seed: of the validation split, the training subset and the baseline's training. Runs that differ in `seed`
+            alone share it: what one of them validates on was never trained on by their common baseline.
         folder: where the log and the state of the run go.
     """
 
@@ -61,7 +64,7 @@ class RunSettings:
     cost: str = "flops"
     candidates: int = 34
     sampler: str = "policy"
-    sensitivity: str = "measured"
+    sensitivity: str = "blended"
     calibration_images: int = 2000
     screen_images: int = 2000
     promote: int = 2
@@ -71,13 +74,14 @@ class RunSettings:
     runtime: str = "onnxruntime"
     device: str = "auto"
     seed: int = 0
+    split_seed: int = 0
     folder: str = "logs"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", canonical_name(self.model))
         object.__setattr__(self, "budgets", tuple(self.budgets))
-        if self.sensitivity not in ("measured", "proxy"):
-            raise ValueError(f"sensitivity must be measured or proxy; got {self.sensitivity!r}")
+        if self.sensitivity not in SENSITIVITIES:
+            raise ValueError(f"sensitivity must be one of {', '.join(SENSITIVITIES)}; got {self.sensitivity!r}")
         if self.cost not in COSTS:
             raise ValueError(f"cost must be one of {', '.join(COSTS)}; got {self.cost!r}")
         if not 1 <= self.finetune_epochs <= 3:

@@ -23,12 +23,19 @@ SAMPLERS = ("policy", "tpe", "random", "nsga2")
 UPDATE_FROM = 8
 """Finished trials from which the policy starts to learn from its elite."""
 
+UPDATE_RATE = 0.9
+"""Weight of the elite's frequencies in the updated pdf: the prior keeps the rest, so nothing dies out."""
+
 ELITE_SHARE = 0.25
 """Share of the finished trials that are the elite."""
 
 REDRAWS = 64
 """How often the policy draws again when it has drawn a configuration that was tried before; then, as a pdf that has
 made up its mind may know nothing new, as often again from the loosened pdf."""
+
+LOOSEN_EVERY = 8
+"""Vain draws from the loosened pdf after which it is loosened by one layer more: bringing a draw within the budget can
+undo a single departure."""
 
 
 def search_space(policy: Policy) -> dict[str, IntDistribution]:
@@ -46,7 +53,7 @@ class PolicySampler(BaseSampler):
         update_rate: weight of the elite's frequencies (cross-entropy method); 0 leaves the prior as it is.
     """
 
-    def __init__(self, policy: Policy, *, seed: int, number: int, update_rate: float = 0.5) -> None:
+    def __init__(self, policy: Policy, *, seed: int, number: int, update_rate: float = UPDATE_RATE) -> None:
         self._prior = policy
         self._seed, self._number, self._update_rate = seed, number, update_rate
 
@@ -69,7 +76,8 @@ class PolicySampler(BaseSampler):
         for redraw in range(2 * REDRAWS):
             if _key(drawn) not in tried:
                 break
-            drawn = (policy if redraw < REDRAWS else policy.loosened()).sample(generator)
+            wider = (redraw - REDRAWS) // LOOSEN_EVERY + 1
+            drawn = (policy if redraw < REDRAWS else policy.loosened(wider)).sample(generator)
         return drawn
 
     def sample_independent(
@@ -86,7 +94,7 @@ class PolicySampler(BaseSampler):
         return self._prior.updated([t.params for t in elite], self._update_rate)
 
 
-def make_sampler(kind: str, policy: Policy, *, seed: int, number: int, update_rate: float = 0.5) -> BaseSampler:
+def make_sampler(kind: str, policy: Policy, *, seed: int, number: int, update_rate: float = UPDATE_RATE) -> BaseSampler:
     """The sampler for candidate `number` of a study.
 
     Raises:

@@ -23,10 +23,10 @@ from tqdm import tqdm
 from common.compress import config_str
 from common.layers import KernelRanks, MatrixRanks, Ranks
 from common.logreader import read_log
-from common.policy import Costs, Policy, configuration
+from common.policy import TEMPERATURE, Costs, Policy, configuration
 from common.ranks import Cost, Menus
 from common.runlog import RunLog, parse_config_str
-from common.samplers import SAMPLERS, make_sampler, search_space, within_budget
+from common.samplers import SAMPLERS, UPDATE_RATE, make_sampler, search_space, within_budget
 from common.screening import CandidateFailed, Screener
 
 OBJECTIVES: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
@@ -59,8 +59,8 @@ class SearchSettings:
     sampler: str = "policy"
     objective: str = "divergence"
     cost: Cost = field(default_factory=Cost)
-    temperature: float = 0.5
-    update_rate: float = 0.5
+    temperature: float = TEMPERATURE
+    update_rate: float = UPDATE_RATE
     use_sensitivity: bool = True
     use_size: bool = True
     seed: int = 0

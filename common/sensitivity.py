@@ -1,8 +1,8 @@
 """How much the network's output suffers when one layer alone is compressed: the first of the policy's two heuristics.
 
-Two measures, both per menu entry and zero for dense: the *proxy* is the relative error of the layer's own output, free
+Three measures, all per menu entry and zero for dense: the *proxy* is the relative error of the layer's own output, free
 of charge; the *measured* one is the KL divergence of the network's output from the dense network's, on calibration
-images.
+images; the *blended* one is their geometric mean.
 """
 
 from __future__ import annotations
@@ -67,6 +67,21 @@ def measured_sensitivity(
     if cache is not None:
         write_text(cache, json.dumps({"fingerprint": fingerprint, "sensitivity": result}, indent=1))
     return result
+
+
+def blended_sensitivity(menus: Menus, measured: Sensitivities) -> dict[str, tuple[float, ...]]:
+    """The geometric mean of the measured divergence and the output error.
+
+    The divergence of one layer alone tells the layers apart, but is small and noisy for each of them, and says little
+    about how they will add up once all are compressed. The output error is smooth and the same for every layer. In the
+    logarithm each is a noisy estimate of what the network loses, and their mean errs less than either:
+    `benchmarks/rank_selection.py` compares the three.
+    """
+    proxy = proxy_sensitivity(menus)
+    return {
+        name: tuple(float(np.sqrt(error * value)) for error, value in zip(proxy[name], values, strict=True))
+        for name, values in measured.items()
+    }
 
 
 def divergence(dense_log_probabilities: Tensor, logits: Tensor) -> float:

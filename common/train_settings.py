@@ -27,7 +27,7 @@ class TrainSettings:
     seed: int = 0
     max_batches_per_epoch: int | None = None
     augment: bool = True
-    amp: bool | None = None  # bfloat16 autocast; None: on CUDA only
+    amp: bool | None = None  # bfloat16 autocast; None: on CUDA, and on processors that have bfloat16
     distill_weight: float = 0.0  # share of the loss that comes from the teacher
     distill_temperature: float = 4.0
 

@@ -38,7 +38,7 @@ def test_runs_that_differ_in_what_they_compute_on_have_different_names():
         ("quick", "resnet18", {"finetune_epochs": 4}, "1 to 3 epochs"),
         ("quick", "resnet18", {"candidates": 0}, "candidates"),
         ("quick", "resnet18", {"tolerance": 1.0}, "tolerance"),
-        ("quick", "resnet18", {"sensitivity": "guessed"}, "measured or proxy"),
+        ("quick", "resnet18", {"sensitivity": "guessed"}, "blended, measured, proxy"),
         ("quick", "resnet18", {"cost": "joules"}, "flops, params, mix, latency"),
     ],
 )

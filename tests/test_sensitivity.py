@@ -10,7 +10,7 @@ import torch
 from common import sensitivity as module
 from common.compress import factorize
 from common.ranks import build_menus
-from common.sensitivity import divergence, measured_sensitivity, proxy_sensitivity
+from common.sensitivity import blended_sensitivity, divergence, measured_sensitivity, proxy_sensitivity
 
 
 @pytest.fixture
@@ -43,6 +43,16 @@ def test_the_proxy_is_the_output_error(menus):
     proxy = proxy_sensitivity(menus)
     assert proxy == {name: tuple(entry.error for entry in menu) for name, menu in menus.items()}
     assert all(values[-1] == 0 for values in proxy.values())
+
+
+def test_the_blended_one_lies_between_the_two(menus, sensitivity):
+    blended, proxy = blended_sensitivity(menus, sensitivity), proxy_sensitivity(menus)
+    assert set(blended) == set(menus)
+    for name, values in blended.items():
+        assert values[-1] == 0
+        assert all(a >= b for a, b in itertools.pairwise(values)), name
+        for value, *pair in zip(values, sensitivity[name], proxy[name], strict=True):
+            assert min(pair) <= value * (1 + 1e-12) <= max(pair) * (1 + 1e-9)
 
 
 def test_anchors_are_the_passes_per_layer(factors, menus, calibration, passes):
