@@ -26,12 +26,13 @@ from common.files import write_text
 from common.latency_menus import time_menus
 from common.plots import pareto_front
 from common.presets import RunSettings
-from common.promotion import Finalist, Finetuning, finetune_promoted
+from common.promotion import Finalist, Finetuning, epoch_seconds, finetune_promoted
 from common.provenance import provenance
 from common.ranks import Cost, Menus, build_menus
 from common.runlog import RunLog
 from common.screening import Screener
 from common.search import Search, SearchSettings, exclusive, promote
+from common.search_cost import StepClock, search_seconds
 from common.sensitivity import blended_sensitivity, measured_sensitivity, proxy_sensitivity
 from common.train_settings import recipe
 from finetuned.finetune_models import Baseline, baseline
@@ -116,7 +117,9 @@ class Experiment:
     @cached_property
     def factors(self) -> ModelFactors:
         """The model factorised once, in the metric of what its layers compute."""
-        return factorize(self.baseline.model, self.calibration, layers=self.settings.layers)
+        dense, images = self.baseline.model, self.calibration
+        with self._clock.step("factorize"):
+            return factorize(dense, images, layers=self.settings.layers)
 
     @cached_property
     def menus(self) -> Menus:
@@ -143,7 +146,9 @@ class Experiment:
             return proxy_sensitivity(self.menus)
         images = self.calibration[:SENSITIVITY_IMAGES]
         cache = self.settings.state_folder / "sensitivity.json"
-        measured = measured_sensitivity(self.factors, self.menus, images, cache=cache, progress=self.progress)
+        factors, menus = self.factors, self.menus
+        with self._clock.step("sensitivity"):
+            measured = measured_sensitivity(factors, menus, images, cache=cache, progress=self.progress)
         return measured if self.settings.sensitivity == "measured" else blended_sensitivity(self.menus, measured)
 
     @cached_property
@@ -178,10 +183,21 @@ class Experiment:
         plan = Finetuning(
             s.finetuning(len(self.dataset.train)), s.model, self.baseline.test_accuracy, tolerance=s.tolerance
         )
+        promoted = self.promoted
         with exclusive(s.state_folder):
-            return finetune_promoted(
-                self.promoted, self.screener, self.dataset, plan, s.state_folder, self.log, progress=self.progress
+            finalists = finetune_promoted(
+                promoted, self.screener, self.dataset, plan, s.state_folder, self.log, progress=self.progress
             )
+        self.log.header({"search_seconds": self.search_seconds})
+        return finalists
+
+    @property
+    def search_seconds(self) -> dict[str, float]:
+        """What the search has cost so far; see `common.search_cost.search_seconds`."""
+        s = self.settings
+        return search_seconds(
+            self._clock.seconds(), self.screened, epoch_seconds(s.state_folder), most_epochs=s.finetune_epochs
+        )
 
     @cached_property
     def deployed(self) -> DeployedSet:
@@ -234,6 +250,10 @@ class Experiment:
         if counted != {key: record[key] for key in counted}:
             raise AssertionError(f"candidate {record['trial']}: counted {counted}, the formulas say {record}")
         return {**record, "inference_time": seconds[record["trial"]], "latency_batch": len(self._example)}
+
+    @property
+    def _clock(self) -> StepClock:
+        return StepClock(self.settings.state_folder / "seconds.json")
 
     @cached_property
     def _example(self) -> Tensor:

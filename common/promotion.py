@@ -28,6 +28,8 @@ from common.screening import Screener
 from common.search import parse_config
 from common.tables import is_accepted
 
+_EPOCHS = ".epochs.json"
+
 
 @dataclass(frozen=True)
 class Finalist:
@@ -107,6 +109,12 @@ def finetune_promoted(
     return [results[record["trial"]] for record in promoted if record["trial"] in results]
 
 
+def epoch_seconds(folder: Path) -> list[float]:
+    """Wall time of every epoch of fine-tuning in this folder, those of candidates that were given up included."""
+    files = sorted(folder.glob(f"candidate-*{_EPOCHS}"))
+    return [one["seconds"] for path in files for one in json.loads(path.read_text())]
+
+
 def teacher_logits(model: nn.Module, dataset: Dataset, folder: Path) -> Tensor:
     """The dense network's outputs on the training split ``(N, classes)``, computed once per folder."""
     path = folder / "teacher.safetensors"
@@ -137,15 +145,15 @@ class _Run:
         self.record, self.screener, self.dataset, self.plan, self.teacher = record, screener, dataset, plan, teacher
         stem = re.sub(r"[^\w.-]+", "-", f"candidate-{record['trial']}")
         self.checkpoint = folder / f"{stem}.unfinished.pt"
-        self.progress = folder / f"{stem}.epochs.json"
+        self.progress = folder / f"{stem}{_EPOCHS}"
         self.result = folder / f"{stem}.json"
         self.weights = folder / f"{stem}.safetensors"
 
     def until(self, epoch: int) -> float:
         """Train until `epoch` epochs are done, unless they are; validation accuracy at that point."""
-        if epoch > len(self._accuracies()):
+        if epoch > len(self._epochs()):
             self._train(epoch)
-        return self._accuracies()[epoch - 1]
+        return self._epochs()[epoch - 1]["val_accuracy"]
 
     def finish(self) -> Finalist:
         """The result, read from the folder or made: evaluate on test, save the network."""
@@ -153,15 +161,15 @@ class _Run:
             self._write_result()
         return Finalist(json.loads(self.result.read_text()), self.weights)
 
-    def _accuracies(self) -> list[float]:
-        """Validation accuracy after each epoch so far."""
+    def _epochs(self) -> list[dict[str, float]]:
+        """What is known of each epoch so far, as `EpochRecord` has it."""
         return json.loads(self.progress.read_text()) if self.progress.exists() else []
 
     def _train(self, epoch: int) -> nn.Module:
         """The network after at least `epoch` epochs, continued from its checkpoint."""
 
         def on_epoch(done: EpochRecord) -> bool:
-            write_text(self.progress, json.dumps([*self._accuracies()[: done.epoch - 1], done.val_accuracy]))
+            write_text(self.progress, json.dumps([*self._epochs()[: done.epoch - 1], asdict(done)]))
             return done.epoch < epoch
 
         model = self.screener.build(parse_config(self.record["config_str"]))
@@ -174,8 +182,8 @@ class _Run:
             progress=False,
             on_epoch=on_epoch,
         )
-        # A kill between the checkpoint and the note of its accuracy leaves the note behind; the history has both.
-        write_text(self.progress, json.dumps([one.val_accuracy for one in history.epochs]))
+        # A kill between the checkpoint and the note of its epoch leaves the note behind; the history has both.
+        write_text(self.progress, json.dumps([asdict(one) for one in history.epochs]))
         return model
 
     def _write_result(self) -> None:
@@ -188,8 +196,9 @@ class _Run:
             "accepted": is_accepted(accuracy, plan.baseline_accuracy, plan.tolerance),
             "status": "fine-tuned",
             "screened_accuracy": self.record["val_accuracy"],
-            "val_accuracy": self._accuracies()[-1],
-            "epochs": len(self._accuracies()),
+            "val_accuracy": self._epochs()[-1]["val_accuracy"],
+            "epochs": len(self._epochs()),
+            "finetune_seconds": sum(one["seconds"] for one in self._epochs()),
             "finetune": asdict(plan.settings),
         }
         save_compressed(

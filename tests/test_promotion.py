@@ -42,6 +42,10 @@ def saved(monkeypatch):
     return networks
 
 
+def without_time(record):
+    return {key: value for key, value in record.items() if key != "finetune_seconds"}
+
+
 def run(promoted, screener, digits, folder):
     with RunLog(folder / "run.log") as log:
         return finetune_promoted(promoted, screener, digits, PLAN, folder, log, progress=False)
@@ -51,6 +55,8 @@ def test_the_worse_half_of_each_budget_is_given_up(promoted, screener, digits, t
     finalists = run(promoted, screener, digits, tmp_path)
     assert sorted(one.record["budget"] for one in finalists) == [0.3, 0.5]
     assert all(one.record["status"] == "fine-tuned" and one.record["epochs"] == 2 for one in finalists)
+    assert len(promotion.epoch_seconds(tmp_path)) == 5  # two survivors of two epochs, one given up after its first
+    assert all(seconds > 0 for seconds in promotion.epoch_seconds(tmp_path))
     given_up = {"0.5-0", "0.5-1"} - {one.record["trial"] for one in finalists}
     assert f"Gave up {given_up.pop()} after epoch 1" in (tmp_path / "run.log").read_text()
 
@@ -70,7 +76,7 @@ def test_interrupted_fine_tuning_resumes_to_the_same_weights(promoted, screener,
         run(promoted, screener, digits, tmp_path / "cut")
     monkeypatch.setattr(promotion, "train", real)
     resumed = run(promoted, screener, digits, tmp_path / "cut")
-    assert [one.record for one in resumed] == [one.record for one in whole]
+    assert [without_time(one.record) for one in resumed] == [without_time(one.record) for one in whole]
     for one, other in zip(resumed, whole, strict=True):
         mine, theirs = saved[one.path].state_dict(), saved[other.path].state_dict()
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
