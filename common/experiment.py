@@ -37,8 +37,9 @@ from common.sensitivity import blended_sensitivity, measured_sensitivity, proxy_
 from common.train_settings import recipe
 from finetuned.finetune_models import Baseline, baseline
 
-SENSITIVITY_IMAGES = 256
-"""Images that measured sensitivities are averaged over; one pass per measured menu entry."""
+MOST_SENSITIVITY_IMAGES = 256
+"""Measured sensitivities are averaged over a quarter of the calibration images, but no more than these; there is one
+pass per measured menu entry."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class Experiment:
         """What each menu entry does to the network's output; kept beside the run."""
         if self.settings.sensitivity == "proxy":
             return proxy_sensitivity(self.menus)
-        images = self.calibration[:SENSITIVITY_IMAGES]
+        images = self.calibration[: min(MOST_SENSITIVITY_IMAGES, -(-len(self.calibration) // 4))]
         cache = self.settings.state_folder / "sensitivity.json"
         factors, menus = self.factors, self.menus
         with self._clock.step("sensitivity"):

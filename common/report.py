@@ -117,6 +117,20 @@ def candidate_table(records: Sequence[Mapping[str, Any]], factors: ModelFactors)
     return pd.DataFrame(rows).set_index("candidate")
 
 
+def cost_table(seconds: Mapping[str, float]) -> pd.DataFrame:
+    """One row per step of a search with its minutes; see `common.search_cost.search_seconds`."""
+    labels = {
+        "factorize": "factorise the dense network once",
+        "sensitivity": "measure sensitivities",
+        "screen": "screen every candidate",
+        "finetune": "fine-tune the promoted",
+        "total": "the search, in all",
+        "exhaustive": "fine-tuning every candidate instead (estimate)",
+    }
+    rows = [(label, round(seconds[name] / 60, 1)) for name, label in labels.items() if name in seconds]
+    return pd.DataFrame(rows, columns=["step", "minutes"]).set_index("step")
+
+
 def rank_rows(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, tuple[int, ...]]]:
     """Candidate -> layer -> ranks."""
     return {record["trial"]: parse_config_str(record["config_str"]) for record in records}
