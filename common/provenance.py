@@ -23,8 +23,14 @@ def provenance(device: str | torch.device, seed: int) -> dict:
         "versions": {"python": platform.python_version(), **_versions()},
         "git_revision": git_revision(),
         "seed": seed,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(),
     }
+
+
+def command() -> str:
+    """The command line of this process; a notebook's kernel has none that anyone could give again."""
+    name = Path(sys.argv[0]).name
+    return "notebook" if name.startswith("ipykernel") else " ".join([name, *sys.argv[1:]])
 
 
 def cpu_model() -> str:

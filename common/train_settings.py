@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 UNNORMALISED = ("alexnet", "squeezenet1_0", "squeezenet1_1", "vgg11", "vgg13", "vgg16", "vgg19")
 """torchvision's networks without normalisation layers: they need smaller steps to get going."""
 
-SMALL_DATA = 5000
-"""Training images below which batches of 128 would leave too few steps: batch norm needs about a hundred."""
+SMALL_DATA, MEDIUM_DATA = 5_000, 10_000
+"""Training images below which batches of 32 and of 64 are taken: batches of 128 would leave too few steps."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,16 @@ def recipe(architecture: str, *, pretrained: bool = False, train_images: int | N
         train_images: how many there are, where known; few of them go in small batches.
     """
     small = train_images is not None and train_images < SMALL_DATA
+    medium = not small and train_images is not None and train_images < MEDIUM_DATA
     if architecture in UNNORMALISED:
         # Plain SGD takes epochs to leave the plateau around random weights; AdamW takes tens of batches.
         settings = TrainSettings(optimizer="adamw", learning_rate=3e-4, weight_decay=0.01, clip_norm=1.0, warmup=0.3)
     else:
-        settings = TrainSettings(learning_rate=0.02 if small else 0.05)
+        settings = TrainSettings(learning_rate=0.02 if small else 0.03 if medium else 0.05)
+    # The steps of networks with large classifiers are slow whatever the batch: they take no batches of 32.
+    smallest = 64 if architecture in UNNORMALISED else 32
     return replace(
         settings,
-        batch_size=32 if small else settings.batch_size,
+        batch_size=smallest if small else 64 if medium else settings.batch_size,
         learning_rate=settings.learning_rate / 5 if pretrained else settings.learning_rate,
     )
