@@ -192,7 +192,7 @@ def rows(bench: Bench, done: Callable[[dict[str, Any]], bool]) -> Iterator[dict[
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0, or 2 for bad input."""
     options = _parser().parse_args(arguments)
-    options.out = options.out or Path(f"results/rank-selection-{options.model}-{options.dataset}-{options.image_size}")
+    options.out = options.out or Path(f"results/rank-selection/{options.model}-{options.dataset}-{options.image_size}")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     path = options.out / "rows.json"
@@ -231,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--calibration", type=int, default=512, metavar="IMAGES")
     parser.add_argument("--screen", type=int, default=1000, metavar="IMAGES", help="validation images screened on")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
-    parser.add_argument("--out", type=Path, help="default: results/rank-selection-MODEL-DATASET-SIZE")
+    parser.add_argument("--out", type=Path, help="default: results/rank-selection/MODEL-DATASET-SIZE")
     return parser
 
 

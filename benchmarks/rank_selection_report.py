@@ -29,6 +29,9 @@ def write_report(content: Mapping[str, Any], out: Path) -> str:
         write_text(out / "ablation.md", ablation_table(ablations, "github") + "\n")
         texts[-1] += "\n" + ablation_table(ablations, "pretty")
     plots.save(accuracy_plot(rules, dense), out / "accuracy.png")
+    done = [row for row in rules if row.get("test_accuracy") is not None]
+    figure = plots.correlation([r["val_screened"] for r in done], [r["test_accuracy"] for r in done])
+    plots.save(figure, out / "screening.png")
     return texts[-1]
 
 

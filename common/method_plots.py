@@ -171,13 +171,9 @@ def _line(place: int) -> dict[str, Any]:
 
 
 def _spearman(first: Sequence[float], second: Sequence[float]) -> float:
-    """Correlation of the ranks, equal values sharing their mean rank; NaN where one side does not vary."""
+    """Spearman's rank correlation; NaN where one side does not vary."""
     if len(set(first)) < 2 or len(set(second)) < 2:
         return float("nan")
-    return float(np.corrcoef(_mean_ranks(first), _mean_ranks(second))[0, 1])
+    from scipy.stats import spearmanr  # slow to import, and the scripts that read logs start at once
 
-
-def _mean_ranks(values: Sequence[float]) -> np.ndarray:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[inverse]
+    return float(spearmanr(first, second).statistic)

@@ -1,0 +1,80 @@
+"""Makes the measured parts of README.md and docs/ from the files under results/: python update_docs.py [--check]"""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from analyze_results import load_runs
+from common import documents
+from common.files import write_text
+
+DOCUMENTS = ("README.md", "results/README.md", "docs/method.md")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0; 1 when `--check` finds something to do; 2 when a file cannot be used."""
+    options = _parser().parse_args(arguments)
+    found = []
+    try:
+        parts = sections(options.root / "results")
+        for name in DOCUMENTS:
+            path = options.root / name
+            text = path.read_text(encoding="utf-8")
+            new = documents.fill(text, parts)
+            loose = documents.untraced(new)
+            found += [f"{name} states a measured figure outside its markers: {line}" for line in loose]
+            if new != text and options.check:
+                found.append(f"{name} is not up to date with results/; run python update_docs.py")
+            elif new != text:
+                write_text(path, new)
+                print(f"{name} brought up to date")
+    except (OSError, ValueError, KeyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for problem in found:
+        print(problem, file=sys.stderr)
+    return 1 if found else 0
+
+
+def sections(results: Path) -> Mapping[str, Callable[[], str]]:
+    """Name of a part -> what makes it."""
+    runs, problems = load_runs(documents.run_folders(results))
+    if problems:
+        raise ValueError("; ".join(problems))
+    published = documents.read_json(results / "published.json")
+    rules = {
+        f"rules-{folder.name}": lambda folder=folder: (folder / "table.md").read_text(encoding="utf-8")
+        for folder in sorted((results / "rank-selection").glob("*"))
+    }
+    ablations = {
+        f"ablation-{folder.name}": lambda folder=folder: (folder / "ablation.md").read_text(encoding="utf-8")
+        for folder in sorted((results / "rank-selection").glob("*"))
+    }
+    latencies = {
+        folder.name: lambda folder=folder: (folder / "latency.md").read_text(encoding="utf-8")
+        for folder in sorted(results.glob("latency-*"))
+    }
+    return {
+        "headline": lambda: documents.headline(runs, documents.STRICT),
+        "headline-loose": lambda: documents.headline(runs, documents.LOOSE),
+        "published": lambda: documents.against_published(runs, published),
+        "origin": lambda: documents.origin(runs),
+        "seeds": lambda: documents.seeds(runs),
+        "search-costs": lambda: documents.search_costs(runs, published),
+        "factorisation": lambda: documents.factorisation(documents.read_json(results / "factorize_speed.json")),
+        **rules,
+        **ablations,
+        **latencies,
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Make the measured parts of README.md and docs/ from results/.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if something would change")
+    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent, help="the repository")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
