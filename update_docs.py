@@ -62,6 +62,7 @@ def sections(results: Path) -> Mapping[str, Callable[[], str]]:
         "origin": lambda: documents.origin(runs),
         "seeds": lambda: documents.seeds(runs),
         "search-costs": lambda: documents.search_costs(runs, published),
+        "commands": lambda: documents.commands(results),
         "factorisation": lambda: documents.factorisation(documents.read_json(results / "factorize_speed.json")),
         **rules,
         **ablations,

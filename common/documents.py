@@ -182,6 +182,46 @@ def search_costs(runs: Sequence[Run], published: Mapping[str, Any]) -> str:
     return tabulate(rows, headers=heads, tablefmt="github", disable_numparse=True)
 
 
+def commands(results: Path) -> str:
+    """Every measurement under results/: what, the command, and the minutes that it took, as the files themselves say."""
+    rows = []
+    for name, minutes in read_json(results / "timings.json")["minutes"].items():
+        rows.append([f"`{name}`, installation included", f"`{name}`", f"{minutes:.0f}"])
+    for folder in run_folders(results):
+        for path in sorted(folder.glob("baseline-*.json")):
+            rows.append(_baseline_command(folder.name, read_json(path)))
+        for path in sorted(folder.glob("*.ipynb")):
+            rows.append(_notebook_command(folder.name, read_json(path)["metadata"]["papermill"]))
+    for path in sorted((results / "rank-selection").glob("*/rows.json")):
+        content = read_json(path)
+        seconds = sum(row.get("seconds", 0.0) for row in content["rows"])
+        command = content["provenance"][-1]["command"]
+        rows.append([f"rank rules, {path.parent.name}", f"`python benchmarks/{command}`", f"{seconds / 60:.0f}"])
+    for path in [*sorted(results.glob("latency-*/latency.json")), results / "factorize_speed.json"]:
+        what = path.parent.name if path.name == "latency.json" else "factorisation speed"
+        rows.append([what, f"`python benchmarks/{read_json(path)['provenance']['command']}`", "-"])
+    return tabulate(rows, headers=["what", "command", "minutes"], tablefmt="github", disable_numparse=True)
+
+
+def _baseline_command(folder: str, record: Mapping[str, Any]) -> list[str]:
+    settings = record["settings"]
+    options = f"--model {record['model']} --dataset {record['dataset']} --image-size {record['image_size']}"
+    options += f" --epochs {settings['epochs']} --train-limit {record['train_images']}"
+    options += f" --batch-size {settings['batch_size']} --learning-rate {settings['learning_rate']:g}"
+    minutes = sum(epoch["seconds"] for epoch in record["epochs"]) / 60
+    command = f"`python finetuned/finetune_models.py {options}`"
+    return [f"{folder}: baseline {record['model']}", command, f"{minutes:.0f}"]
+
+
+def _notebook_command(folder: str, executed: Mapping[str, Any]) -> list[str]:
+    notebook = Path(executed["input_path"]).name
+    knobs = {key: value for key, value in executed["parameters"].items() if key != "PROGRESS"}
+    options = " ".join(f"-p {key} {value}" for key, value in knobs.items())
+    seed = f", seed {knobs['SEED']}" if "SEED" in knobs else ""
+    command = f"`papermill {notebook} out.ipynb {options}`"
+    return [f"{folder}: {family(notebook.split('-')[1])}{seed}", command, f"{executed['duration'] / 60:.0f}"]
+
+
 def factorisation(measured: Mapping[str, Any]) -> str:
     """What factorising and compressing cost beside a Tucker-2 decomposition of the same layers."""
     seconds = measured["median_seconds"]

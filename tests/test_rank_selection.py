@@ -1,0 +1,62 @@
+"""The comparison of rank rules: rows in, table, correlations and hypervolume out; and one small run of it."""
+
+import json
+
+import pytest
+
+from benchmarks import rank_selection
+from benchmarks.rank_selection_report import correlations, hypervolume, params_table, rule_table
+
+
+def row(name, seed, budget, screened, tested):
+    return {
+        "table": "rules",
+        "name": name,
+        "seed": seed,
+        "budget": budget,
+        "val_screened": screened,
+        "divergence": 1 - screened,
+        "test_accuracy": tested,
+        "flops_kept": budget,
+        "params_kept": budget / 2,
+        "search_seconds": 1.0,
+        "status": "fine-tuned",
+    }
+
+
+def test_correlations_follow_the_order_alone():
+    rows = [row("a", 0, 0.1, 0.5, 0.90), row("b", 0, 0.1, 0.6, 0.91), row("c", 0, 0.1, 0.99, 0.92)]
+    assert correlations(rows) == pytest.approx({"accuracy": 1.0, "divergence": 1.0, "accuracy at 10%": 1.0})
+    rows[2]["test_accuracy"] = 0.1
+    assert correlations(rows)["accuracy"] == pytest.approx(-0.5)
+    assert correlations(rows[:2]) == {}
+    failed = {"table": "rules", "status": "failed", "budget": 0.1}
+    assert correlations([*rows, failed]) == correlations(rows)
+
+
+def test_hypervolume_of_a_staircase():
+    assert hypervolume([(0.5, 1.0)], floor=0.9) == pytest.approx(0.5)
+    assert hypervolume([(0.5, 1.0), (0.8, 0.95)], floor=0.9) == pytest.approx(0.8 * 0.5 + 0.5 * 0.5)
+    assert hypervolume([(0.9, 0.8)], floor=0.9) == 0
+
+
+def test_tables_give_mean_and_spread_over_the_seeds():
+    rows = [row("policy", 0, 0.1, 0.8, 0.98), row("policy", 1, 0.1, 0.9, 0.99)]
+    assert "0.8500 ± 0.0707" in rule_table(rows, "github")
+    assert "5.0% ± 0.0%" in params_table(rows, "github")
+
+
+@pytest.mark.slow
+def test_a_small_comparison_runs_and_does_nothing_twice(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the baseline's checkpoint goes
+    sizes = ["--evaluations", "2", "--batches", "2", "--calibration", "64", "--screen", "64", "--train-limit", "400"]
+    command = ["--dataset", "digits", "--budgets", "0.3", "--seeds", "0", "--out", str(tmp_path / "out"), *sizes]
+    assert rank_selection.main(command) == 0
+    content = json.loads((tmp_path / "out" / "rows.json").read_text())
+    names = {row["name"] for row in content["rows"] if row["table"] == "rules"}
+    assert {"uniform", "energy", "vbmf", "policy", "tpe", "random", "nsga2", "policy, no update"} == names
+    assert all(row["flops_kept"] <= 0.3 for row in content["rows"] if row["table"] == "rules")
+    assert {row["name"] for row in content["rows"] if row["table"] == "ablation"} == set(rank_selection.ABLATIONS)
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"accuracy.png", "screening.png"}
+    assert rank_selection.main(command) == 0
+    assert json.loads((tmp_path / "out" / "rows.json").read_text())["rows"] == content["rows"]
