@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from common.cost import count_flops, count_params
-from common.factors import BASES, KernelFactors, MatrixFactors, factorize_kernel, factorize_matrix
+from common.decompose import BASES, factorize_kernel, factorize_matrix
+from common.factors import KernelFactors, MatrixFactors
 from common.layers import Ranks
 from common.moments import gather_moments
 from common.trace import LayerTrace, trace_layers

@@ -183,7 +183,7 @@ def search_costs(runs: Sequence[Run], published: Mapping[str, Any]) -> str:
 
 
 def commands(results: Path) -> str:
-    """Every measurement under results/: what, the command, and the minutes that it took, as the files themselves say."""
+    """Every measurement under results/: what, the command, and the minutes that it took, as the files say."""
     rows = []
     for name, minutes in read_json(results / "timings.json")["minutes"].items():
         rows.append([f"`{name}`, installation included", f"`{name}`", f"{minutes:.0f}"])

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from common.compress import factorize
+from common.decompose import factorize_kernel, factorize_matrix
 from common.deploy import deploy
-from common.factors import factorize_kernel, factorize_matrix
 from common.fold import copy_with, fold_batch_norm
 from common.layers import MATRIX_PLANS, PLANS, HTLayer, KernelRanks, MatrixRanks
 from common.models import build_model

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from common.compress import factorize
 from common.cost import count_flops, count_params
-from common.factors import BASES, KERNEL_TREE, WHITENING_FLOOR, KernelFactors, MatrixFactors
+from common.decompose import BASES, WHITENING_FLOOR
+from common.factors import KERNEL_TREE, KernelFactors, MatrixFactors
 from common.htucker import error_bound, mode_product, node_singular_values
 from common.layers import KernelRanks, MatrixRanks
 
