@@ -1,0 +1,78 @@
+"""A whole run at the smallest size: its steps, its log, its price; runs of several seeds share split and baseline."""
+
+import pytest
+import torch
+
+from common.experiment import Experiment
+from common.presets import preset
+from common.runlog import read_log
+
+TINY = {
+    "train_limit": 200,
+    "baseline_epochs": 1,
+    "candidates": 2,
+    "budgets": (0.3,),
+    "calibration_images": 64,
+    "screen_images": 64,
+    "finetune_epochs": 1,
+    "latency_batch": 4,
+}
+
+
+def tiny(**overrides):
+    return Experiment(preset("quick", "resnet18", **{**TINY, **overrides}), progress=False)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # where baseline, log and state go
+        experiment = tiny()
+        rows = experiment.summary()
+        yield experiment, rows, folder
+
+
+def test_a_run_ends_in_rows_that_its_log_repeats(finished):
+    experiment, rows, folder = finished
+    assert next(row["network"] for row in rows) == "dense"
+    log = read_log(folder / experiment.settings.log_path)
+    assert log.counts()["tried"] == 2
+    tuned = [record for record in log.candidates if record["status"] == "fine-tuned"]
+    assert [record["trial"] for record in tuned] == [row["network"] for row in rows[1:]]
+    for record, row in zip(tuned, rows[1:], strict=True):
+        assert record["flops"] <= 0.3 * experiment.factors.dense_flops
+        assert record["baseline_inference_time"] / record["inference_time"] == pytest.approx(row["speed-up"])
+
+
+def test_the_log_says_what_the_search_cost(finished):
+    experiment, _, folder = finished
+    seconds = read_log(folder / experiment.settings.log_path).header["search_seconds"]
+    assert set(seconds) == {"factorize", "sensitivity", "screen", "finetune", "total", "exhaustive"}
+    assert seconds["total"] == pytest.approx(
+        sum(seconds[k] for k in ("factorize", "sensitivity", "screen", "finetune"))
+    )
+    assert min(seconds.values()) > 0
+
+
+def test_a_second_process_does_nothing_again(finished, monkeypatch):
+    first, _rows, _ = finished
+    second = tiny()
+    monkeypatch.setattr(second.screener, "screen", None)
+    monkeypatch.setattr("common.promotion.train", None)
+    assert second.screened == first.screened
+    assert [one.record for one in second.finalists] == [one.record for one in first.finalists]
+
+
+def test_seeds_share_the_split_that_their_baseline_was_trained_on(finished):
+    first, _, _folder = finished
+    other = tiny(seed=1)
+    assert torch.equal(other.dataset.val.labels, first.dataset.val.labels)
+    assert torch.equal(next(iter(other.dataset.val.batches(8))).images, next(iter(first.dataset.val.batches(8))).images)
+    assert not other.baseline.trained_now
+    assert not torch.equal(other.calibration, first.calibration)
+
+
+def test_another_experiment_does_not_get_the_folder(finished):
+    with pytest.raises(ValueError, match="was begun with another"):
+        tiny(calibration_images=65).log  # noqa: B018
