@@ -45,11 +45,13 @@ def test_every_knob_of_the_parameters_cell_is_used(path):
         assert re.search(rf"\b{name}\b", used), name
 
 
-def test_the_resnet_notebook_runs_end_to_end(tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_notebook_runs_end_to_end(path, tmp_path):
     parameters = {"CANDIDATES": 2, "BUDGETS": [0.3], "FINETUNE_EPOCHS": 1, "FOLDER": str(tmp_path / "logs")}
-    done = papermill.execute_notebook(
-        ROOT / "htd-resnet-res.ipynb", tmp_path / "out.ipynb", parameters=parameters, cwd=ROOT, progress_bar=False
-    )
-    name = preset("quick", "resnet18").name
-    assert (tmp_path / "logs" / name / "table.md").read_text().count("Resnet") >= 3
+    done = papermill.execute_notebook(path, tmp_path / "out.ipynb", parameters=parameters, cwd=ROOT, progress_bar=False)
+    (table,) = (tmp_path / "logs").glob("*/table.md")
+    family = path.stem.split("-")[1].capitalize()
+    assert table.read_text().count(family) >= 3
+    assert table.parent.name == preset("quick", family.lower()).name
     assert any("image/png" in output.get("data", {}) for cell in done.cells for output in cell.get("outputs", []))
