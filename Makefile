@@ -9,7 +9,7 @@ export PYTHONHASHSEED = 0
 
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo test lint notebooks clean
+.PHONY: help setup demo row test lint notebooks documents clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -29,6 +29,11 @@ demo: $(STAMP)  ## ResNet18 on scikit-learn's digits: notebook, log, JSON, table
 	$(BIN)/python jsonify_logs.py results/demo/logs --out results/demo
 	$(BIN)/python analyze_results.py results/demo --out results/demo
 
+row: $(STAMP)  ## ResNet18's rows of the README's table: MNIST at 32 px, from $HTD_DATA or downloaded
+	mkdir -p logs/row
+	$(BIN)/papermill htd-resnet-res.ipynb logs/row/htd-resnet-res.ipynb -p PRESET cpu -p FOLDER logs/row
+	$(BIN)/python analyze_results.py logs/row/*.log --out logs/row --tolerance 0.005
+
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest
 
@@ -38,6 +43,9 @@ lint: $(STAMP)  ## ruff: check and format check
 
 notebooks: $(STAMP)  ## run the notebooks in place with PRESET (quick by default)
 	for notebook in $(NOTEBOOKS); do $(BIN)/papermill $$notebook $$notebook -p PRESET $(PRESET) || exit 1; done
+
+documents: $(STAMP)  ## put the measured parts of README and docs/ there anew from results/
+	$(BIN)/python update_docs.py
 
 clean:  ## remove what the commands made, .venv included; trained baselines stay
 	rm -rf $(VENV) results/demo .pytest_cache .ruff_cache .hypothesis

@@ -22,7 +22,7 @@ STRICT, LOOSE = 0.005, 0.02
 
 RUN_FOLDER = re.compile(r"(digits|mnist|fashion-mnist|cifar10)-\d+")
 MARKER = re.compile(r"<!-- (?P<name>[\w-]+):begin -->\n(?P<text>.*?)<!-- (?P=name):end -->", re.DOTALL)
-MEASURED = re.compile(r"\d[\d.,]*\s?(?:%|x\b|points?\b|minutes?\b|seconds?\b|ms\b|MB\b)")
+MEASURED = re.compile(r"\d[\d.,]*(?:x\b|\s?(?:%|points?\b|minutes?\b|seconds?\b|ms\b|MB\b))")
 """What a measured figure looks like. Outside the markers there may be none, unless the line says it is a knob."""
 
 Run = Mapping[str, Any]
