@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -80,8 +81,8 @@ def finetune_promoted(
 
     Returns the survivors and the failures, in the order of `promoted`; who was given up when is said in the log.
 
-    What the folder holds from an earlier, interrupted call is not done again. A candidate whose loss turns NaN becomes
-    a failed record, and the others go on.
+    What the folder holds from an earlier, interrupted call is not done again. A candidate whose loss turns NaN or that
+    does not fit into memory becomes a failed record, and the others go on.
     """
     folder.mkdir(parents=True, exist_ok=True)
     teacher = teacher_logits(screener.factors.model, dataset, folder) if plan.settings.distill_weight > 0 else None
@@ -95,8 +96,9 @@ def finetune_promoted(
                 run = _Run(record, screener, dataset, plan, folder, teacher)
                 try:
                     scores[trial] = run.until(epoch)
-                except TrainingDiverged as failure:
-                    results[trial] = Finalist({**record, "status": "failed", "reason": str(failure)}, None)
+                except (TrainingDiverged, torch.OutOfMemoryError, MemoryError) as failure:
+                    reason = str(failure) or "out of memory"
+                    results[trial] = Finalist({**record, "status": "failed", "reason": reason}, None)
                 bar.update()
                 bar.set_postfix_str(f"{trial}: validation {scores.get(trial, float('nan')):.4f}")
             kept = _survivors(running, scores, last=epoch == plan.settings.epochs)

@@ -96,20 +96,30 @@ def test_test_is_read_once_for_each_survivor_and_never_again(promoted, screener,
     assert len(reads) == len(finalists)
 
 
-def test_a_candidate_whose_loss_turns_nan_is_a_failed_record(promoted, screener, digits, tmp_path, saved, monkeypatch):
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (TrainingDiverged("the training loss became nan in epoch 1, batch 1"), "nan"),
+        (torch.OutOfMemoryError("tried to allocate 2 GiB"), "tried to allocate"),
+        (MemoryError(), "out of memory"),
+    ],
+)
+def test_a_candidate_that_cannot_be_trained_is_a_failed_record(
+    promoted, screener, digits, tmp_path, saved, monkeypatch, failure, reason
+):
     real, calls = promotion.train, []
 
     def diverging(*arguments, **options):
         calls.append(1)
         if len(calls) == 3:
-            raise TrainingDiverged("the training loss became nan in epoch 1, batch 1")
+            raise failure
         return real(*arguments, **options)
 
     monkeypatch.setattr(promotion, "train", diverging)
     finalists = {one.record["trial"]: one for one in run(promoted, screener, digits, tmp_path)}
     failed = finalists["0.3-0"]
     assert failed.record["status"] == "failed"
-    assert "nan" in failed.record["reason"]
+    assert reason in failed.record["reason"]
     with pytest.raises(ValueError, match="failed"):
         failed.load()
     assert len(finalists) == 2  # the other budget's better one came through

@@ -1,6 +1,8 @@
 """A search that is killed at any moment goes on to the same candidates, and its log keeps every one, once."""
 
 import multiprocessing
+import os
+import signal
 
 import pytest
 
@@ -68,6 +70,28 @@ def test_an_interrupted_search_resumes_to_the_same_trials(
     log = read_log(tmp_path / "run.log")
     assert keys(log) == [(record["trial"], "screened") for record in records]
     assert log.warnings == [] or all("Baseline" in warning or "baseline" in warning for warning in log.warnings)
+
+
+def test_a_search_that_was_killed_outright_resumes_to_the_same_trials(
+    tmp_path, screener, menus, sensitivity, uninterrupted
+):
+    class Killing(Counting):
+        def screen(self, config):
+            if self.calls == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().screen(config)
+
+    process = multiprocessing.get_context("fork").Process(
+        target=search_in, args=(tmp_path, Killing(screener), menus, sensitivity)
+    )
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    again = Counting(screener)
+    records = search_in(tmp_path, again, menus, sensitivity)
+    assert without_time(records) == without_time(uninterrupted)
+    assert again.calls == len(records) - 5
+    assert keys(read_log(tmp_path / "run.log")) == [(record["trial"], "screened") for record in records]
 
 
 def test_a_finished_search_does_nothing_again(tmp_path, screener, menus, sensitivity, uninterrupted):
