@@ -141,7 +141,7 @@ _DEFAULT_SIZE = {"quick": 32, "cpu": 32, "full": 224}
 CLASSIFIER_HEAVY = ("alexnet", "vgg")
 """Networks whose parameters sit in the classifier and whose FLOPs in the convolutions: both count as cost."""
 
-LARGE_FROM = 128
+LARGE_FROM = 64
 """Image side from which two cores need fewer images of everything to be done within the hour."""
 
 
@@ -184,12 +184,10 @@ def _quick(model: str, size: int) -> RunSettings:
 
 
 def _cpu(model: str, size: int) -> RunSettings:
-    settings = RunSettings(model, "mnist", size, budgets=(0.20, 0.10, 0.05))
-    if model != "resnet18" or size >= LARGE_FROM:
+    settings = RunSettings(model, "mnist", size, budgets=(0.20, 0.10, 0.05), promote=1)
+    if size >= LARGE_FROM or model != "resnet18":
         limit = 12_000 if model == "alexnet" else 8_000
-        settings = replace(settings, train_limit=limit, baseline_epochs=4, calibration_images=1000, screen_images=1000)
-    if size >= LARGE_FROM:
-        settings = replace(settings, calibration_images=512, screen_images=512, promote=1)
+        settings = replace(settings, train_limit=limit, baseline_epochs=4, calibration_images=512, screen_images=512)
     return settings
 
 
