@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import rank_selection
-from benchmarks.rank_selection_report import correlations, hypervolume, params_table, rule_table
+from benchmarks.rank_selection_report import correlations, hypervolume, lead_table, params_table, rule_table
 
 
 def row(name, seed, budget, screened, tested):
@@ -44,6 +44,21 @@ def test_tables_give_mean_and_spread_over_the_seeds():
     rows = [row("policy", 0, 0.1, 0.8, 0.98), row("policy", 1, 0.1, 0.9, 0.99)]
     assert "0.8500 ± 0.0707" in rule_table(rows, "github")
     assert "5.0% ± 0.0%" in params_table(rows, "github")
+
+
+def test_the_lead_is_taken_seed_by_seed():
+    rows = [row("policy", 0, 0.1, 0.8, 0.98), row("policy", 1, 0.1, 0.9, 0.99)]
+    rows += [
+        row("uniform", 0, 0.1, 0.7, 0.97),
+        row("uniform", 1, 0.1, 0.8, 0.98),
+        row("policy, no update", 0, 0.1, 0.1, 0.1),
+    ]
+    text = lead_table(rows, "github")
+    assert "+10.00 ± 0.00" in text
+    assert "+1.00 ± 0.00" in text
+    assert "no update" not in text
+    without = [one if one["name"] == "policy" else {**one, "test_accuracy": None} for one in rows]
+    assert lead_table(without, "github").splitlines()[-1].split("|")[3].strip() == "-"
 
 
 @pytest.mark.slow
