@@ -123,7 +123,7 @@ def note(rows: Sequence[Mapping[str, Any]], dense: float) -> str:
     agreement = ", ".join(f"{label} {value:.2f}" for label, value in correlations(rows).items())
     return (
         "Columns are shares of the dense FLOPs (multiply-accumulates). Screened: validation accuracy, no training; "
-        f"fine-tuned: test accuracy; leads in points of accuracy. Mean over {len(seeds)} seeds, ± deviation. "
+        f"fine-tuned: test accuracy; leads in points. Mean ± standard deviation over {len(seeds)} seeds. "
         f"Dense: {dense:.4f} on test. "
         f"Hypervolume of (FLOPs saved, test accuracy) above the accuracy 0.9. {len(rows)} rows, {failed} failed. "
         f"Spearman's correlation of screened with fine-tuned test accuracy: {agreement or 'too few rows'}."
