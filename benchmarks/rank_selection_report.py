@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
 from scipy.stats import spearmanr
 from tabulate import tabulate
 
@@ -149,7 +150,10 @@ def hypervolume(points: Sequence[tuple[float, float]], floor: float = 0.9) -> fl
 
 
 def accuracy_plot(rows: Sequence[Mapping[str, Any]], dense: float) -> Figure:
-    """Accuracy screened and after fine-tuning against the share of FLOPs kept, one line per rule."""
+    """Error (1 - accuracy) screened and after fine-tuning against the share of FLOPs kept, one line per rule.
+
+    On a logarithmic axis, since what the rules differ in is how many of the few errors they add.
+    """
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     panels = figure.subplots(1, 2)
     titles = {"val_screened": "Screened, no training (validation)", "test_accuracy": "After fine-tuning (test)"}
@@ -157,21 +161,25 @@ def accuracy_plot(rows: Sequence[Mapping[str, Any]], dense: float) -> Figure:
         for place, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
             points = _points([row for row in rows if row["name"] == name], key)
             axes.errorbar(
-                [x for x, _, _ in points],
-                [y for _, y, _ in points],
-                yerr=[e for _, _, e in points],
+                [100 * x for x, _, _ in points],
+                [100 * (1 - y) for _, y, _ in points],
+                yerr=[100 * e for _, _, e in points],
                 marker="osD^vPX*"[place % 8],
-                linestyle=("-", "--", "-.", ":")[place % 4],
+                linestyle="-" if name == "policy" else ("--", "-.", ":")[place % 3],
                 linewidth=2.2 if name == "policy" else 1.0,
                 capsize=3,
                 label=name,
             )
-        axes.axhline(dense, color="0.6", linewidth=1)
+        axes.axhline(100 * (1 - dense), color="0.6", linewidth=1)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5, 7)))
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_title(title)
-        axes.set_xlabel("Share of the dense FLOPs kept (multiply-accumulates)")
-        axes.set_ylabel("Top-1 accuracy (grey line: dense, test)")
+        axes.set_xlabel("FLOPs kept, % of dense (multiply-accumulates)")
+        axes.set_ylabel("Top-1 error, % (log scale; grey line: dense, test)")
         axes.grid(alpha=0.3)
-    panels[1].legend(fontsize=8)
+    panels[0].legend(fontsize=8)
     return figure
 
 
