@@ -133,7 +133,7 @@ class RunSettings:
 
 _IMAGE_SIZES = {
     "quick": {"alexnet": 64},
-    "cpu": {"alexnet": 224, "vgg16": 64},
+    "cpu": {"alexnet": 224},
     "full": {},
 }
 _DEFAULT_SIZE = {"quick": 32, "cpu": 32, "full": 224}
