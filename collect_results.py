@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     strict = ["--tolerance", str(STRICT)]
     folders = run_folders(options.out)
+    for notebook in (path for folder in folders for path in folder.glob("*.ipynb")):
+        forget_paths(notebook)
     codes = [analyze_results.main([str(folder), "--out", str(folder), *strict]) for folder in folders]
     codes.append(analyze_results.main([*map(str, folders), "--out", str(options.out), *strict]))
     return max(codes)
@@ -60,6 +62,16 @@ def collect(log: Path, out: Path, baselines: Path) -> Path:
         with atomic_path(folder / f"{head['model']}-smallest-seed{head['seed']}.safetensors") as temporary:
             shutil.copyfile(weights, temporary)
     return folder
+
+
+def forget_paths(notebook: Path) -> None:
+    """Keep of the paths that papermill notes in an executed notebook the file names: folders are one machine's."""
+    content = json.loads(notebook.read_text(encoding="utf-8"))
+    noted = content["metadata"].get("papermill", {})
+    paths = {key: Path(noted[key]).name for key in ("input_path", "output_path") if noted.get(key)}
+    if any(noted[key] != name for key, name in paths.items()):
+        noted.update(paths)
+        write_text(notebook, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def _smallest(run: dict[str, Any], log: Path) -> Path | None:

@@ -45,6 +45,14 @@ def test_a_run_comes_home(logged, tmp_path):
     assert (out / "radar.png").exists()
 
 
+def test_notebooks_forget_where_they_were_run(tmp_path):
+    path = tmp_path / "a.ipynb"
+    noted = {"input_path": "htd-resnet-res.ipynb", "output_path": "/somewhere/else/a.ipynb", "duration": 3.0}
+    path.write_text(json.dumps({"cells": [], "metadata": {"papermill": noted}}))
+    collect_results.forget_paths(path)
+    assert json.loads(path.read_text())["metadata"]["papermill"] == {**noted, "output_path": "a.ipynb"}
+
+
 def test_large_weights_stay_where_they_are(logged, tmp_path, monkeypatch):
     monkeypatch.setattr(collect_results, "LARGEST_WEIGHTS", 3)
     _, out = collect(logged, tmp_path)
