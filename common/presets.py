@@ -173,7 +173,7 @@ def _quick(model: str, size: int) -> RunSettings:
         "digits",
         size,
         # Without batch norm it takes more passes over the 1,294 training images of digits.
-        baseline_epochs=10 if heavy else 6,
+        baseline_epochs=8 if heavy else 6,
         budgets=(0.30, 0.15),
         candidates=6,
         calibration_images=256 if heavy else 512,
