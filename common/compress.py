@@ -99,6 +99,10 @@ class ModelFactors:
         """Name -> the dense layer's mean output ``(C_out,)``, for :func:`common.recalibrate.recalibrate`."""
         return {name: f.output_mean for name, f in self.layers.items() if f.output_mean is not None}
 
+    def output_stds(self) -> dict[str, Tensor]:
+        """Name -> standard deviation of the dense layer's output ``(C_out,)``, likewise."""
+        return {name: f.output_std for name, f in self.layers.items() if f.output_std is not None}
+
 
 def factorize(
     model: nn.Module,

@@ -91,6 +91,7 @@ def _described(name: str, layer: nn.Module, trace: LayerTrace, moments: LayerMom
         "geometry": Geometry.of(layer, trace.unflatten),
         "trace": trace,
         "output_mean": None if moments is None else moments.output_mean.to(weight),
+        "output_std": None if moments is None else moments.output_covariance.diagonal().clamp_min(0).sqrt().to(weight),
     }
 
 

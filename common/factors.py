@@ -45,8 +45,8 @@ class LayerFactors:
         bias: ``(C_out,)`` or None.
         geometry: stride, padding and so on of the dense layer.
         trace: its input and output shapes.
-        output_mean: the dense layer's mean output per channel ``(C_out,)``, the target of bias correction; None
-            without calibration images.
+        output_mean, output_std: mean and standard deviation of the dense layer's output per channel ``(C_out,)``, the
+            targets of recalibration; None without calibration images.
     """
 
     name: str
@@ -55,6 +55,7 @@ class LayerFactors:
     geometry: Geometry = field(repr=False)
     trace: LayerTrace = field(repr=False)
     output_mean: Tensor | None = field(repr=False, default=None)
+    output_std: Tensor | None = field(repr=False, default=None)
 
     @property
     def dense_params(self) -> int:

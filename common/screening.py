@@ -58,7 +58,8 @@ class Screener:
 
     def build(self, config: RankConfig) -> nn.Module:
         """The compressed and recalibrated network of a configuration."""
-        return recalibrate(self.factors.compress(config), self._calibration, self.factors.output_means())
+        factors = self.factors
+        return recalibrate(factors.compress(config), self._calibration, factors.output_means(), factors.output_stds())
 
     def screen(self, config: RankConfig) -> Screening:
         """Compress, recalibrate, evaluate.

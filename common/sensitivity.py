@@ -96,8 +96,9 @@ def _divergence(
     original = work.get_submodule(name)
     _set_submodule(work, name, factors.layers[name].layer(entry.ranks).to(images.device))
     try:
-        means = factors.output_means()
-        logits = calibrated_outputs(work, images, {name: means[name]} if name in means else None)
+        means, stds = factors.output_means(), factors.output_stds()
+        own = ({name: means[name]}, {name: stds[name]}) if name in means else ()
+        logits = calibrated_outputs(work, images, *own)
     finally:
         _set_submodule(work, name, original)
     found = divergence(dense, logits)

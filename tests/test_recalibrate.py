@@ -1,5 +1,7 @@
 """Recalibration against the true statistics of the data."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -64,15 +66,17 @@ def halved(factors) -> dict:
     return config
 
 
-def channel_means(model: nn.Module, x: Tensor, kinds: tuple[type, ...]) -> dict[str, Tensor]:
-    """Mean output per channel of every module of these kinds, measured with hooks of the test's own."""
+def channel_means(
+    model: nn.Module, x: Tensor, kinds: tuple[type, ...], statistic: Callable = torch.mean
+) -> dict[str, Tensor]:
+    """Mean (or another statistic) of the output per channel of every module of these kinds, with hooks of our own."""
     found: dict[str, Tensor] = {}
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, kinds):
 
             def hook(_module, _inputs, output, name=name):
-                found[name] = output.double().mean([axis for axis in range(output.ndim) if axis != 1])
+                found[name] = statistic(output.double(), [axis for axis in range(output.ndim) if axis != 1])
 
             handles.append(module.register_forward_hook(hook))
     with torch.no_grad():
@@ -103,6 +107,54 @@ def test_bias_correction_brings_the_outputs_closer():
         before = (compressed.eval()(unseen) - dense(unseen)).square().mean()
         after = (recalibrate(compressed, x, factors.output_means())(unseen) - dense(unseen)).square().mean()
     assert after < before
+
+
+def faded(seed=3):
+    """Twelve convolutions with biases and no norm, trained by nobody but scaled to keep their signal's size."""
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU()]
+    for _ in range(11):
+        layers += [nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()]
+    for layer in layers[::2]:
+        nn.init.kaiming_normal_(layer.weight)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+
+
+def test_scales_are_given_back_to_every_layer_of_a_deep_stack(monkeypatch):
+    monkeypatch.setattr("common.recalibrate.LARGEST_GAIN", 1e6)
+    model, x = faded(), images(32)
+    factors = factorize(model, x)
+    config = halved(factors)
+    matched = recalibrate(factors.compress(config), x, factors.output_means(), factors.output_stds())
+    for statistic in (torch.mean, torch.std):
+        expected = channel_means(model, x, (nn.Conv2d,), statistic)
+        found = channel_means(matched, x, (HTLayer,), statistic)
+        assert set(found) == set(config)
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-2, atol=1e-4)
+
+
+def test_a_deep_stack_without_norms_does_not_fade_out():
+    model, x = faded(), images(32)
+    factors = factorize(model, x)
+    config = halved(factors)
+    shifted = recalibrate(factors.compress(config), x, factors.output_means())
+    matched = recalibrate(factors.compress(config), x, factors.output_means(), factors.output_stds())
+    with torch.no_grad():
+        spreads = [network(x).std(0).norm() for network in (model, shifted, matched)]
+    dense, without, with_scales = spreads
+    assert without < 0.5 * dense
+    assert (with_scales / dense).log().abs() < 0.5 * (without / dense).log().abs()
+
+
+def test_a_channel_that_truncation_silenced_is_not_blown_up():
+    model, x = deep_stack().eval(), images()
+    with torch.no_grad():
+        model[0].weight[3] = 0  # constant on every image: no scale to give back
+    factors = factorize(model, x)
+    config = {"0": factors.layers["0"].full_ranks}
+    matched = recalibrate(factors.compress(config), x, factors.output_means(), factors.output_stds())
+    torch.testing.assert_close(matched(x), model(x), rtol=1e-3, atol=1e-3)
 
 
 def test_layers_without_a_bias_and_dense_layers_are_left_alone():

@@ -64,7 +64,10 @@ def test_the_first_entry_is_measured_as_the_divergence_of_that_layer_alone(facto
     """By hand, for a layer behind which no batch norm stands: compress it, correct its bias, compare the outputs."""
     entry = menus["9"][0]
     found = module.calibrated_outputs(
-        factors.compress({"9": entry.ranks}), calibration, {"9": factors.output_means()["9"]}
+        factors.compress({"9": entry.ranks}),
+        calibration,
+        {"9": factors.output_means()["9"]},
+        {"9": factors.output_stds()["9"]},
     )
     dense = module.calibrated_outputs(factors.model, calibration)
     expected = divergence(torch.log_softmax(dense.detach().double(), dim=1), found.detach())
