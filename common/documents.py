@@ -216,7 +216,9 @@ def _baseline_command(folder: str, record: Mapping[str, Any]) -> list[str]:
 def _notebook_command(folder: str, executed: Mapping[str, Any]) -> list[str]:
     notebook = Path(executed["input_path"]).name
     knobs = {key: value for key, value in executed["parameters"].items() if key != "PROGRESS"}
-    options = " ".join(f"-p {key} {value}" for key, value in knobs.items())
+    options = " ".join(
+        f"-y '{key}: {value}'" if isinstance(value, list) else f"-p {key} {value}" for key, value in knobs.items()
+    )
     seed = f", seed {knobs['SEED']}" if "SEED" in knobs else ""
     command = f"`papermill {notebook} out.ipynb {options}`"
     return [f"{folder}: {family(notebook.split('-')[1])}{seed}", command, f"{executed['duration'] / 60:.0f}"]
