@@ -42,7 +42,7 @@ def test_hypervolume_of_a_staircase():
 
 def test_tables_give_mean_and_spread_over_the_seeds():
     rows = [row("policy", 0, 0.1, 0.8, 0.98), row("policy", 1, 0.1, 0.9, 0.99)]
-    assert "0.8500 ± 0.0707" in rule_table(rows, "github")
+    assert "0.8500 ± 0.0707" in rule_table(rows, "github", 0.99)
     assert "5.0% ± 0.0%" in params_table(rows, "github")
 
 
