@@ -136,7 +136,7 @@ def note(rows: Sequence[Mapping[str, Any]], dense: float) -> str:
         "Columns are shares of the dense FLOPs (multiply-accumulates). Screened: validation accuracy, no training; "
         f"fine-tuned: test accuracy; leads in points. Mean ± standard deviation over {len(seeds)} seeds. "
         f"Dense: {dense:.4f} on test. "
-        f"Hypervolume: of (FLOPs saved, test accuracy), from ten points below dense. {len(rows)} rows, {failed} failed. "
+        f"Hypervolume of (FLOPs saved, accuracy) from ten points below dense. {len(rows)} rows, {failed} failed. "
         f"Spearman's correlation of screened with fine-tuned test accuracy: {agreement or 'too few rows'}."
     )
 
