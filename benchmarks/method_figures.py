@@ -163,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--dataset", default="mnist")
     parser.add_argument("--image-size", type=int, default=32, metavar="PIXELS")
-    parser.add_argument("--layer", default="layer3.0.conv2", help="whose kernel is decomposed in the figure of HSVD")
+    parser.add_argument("--layer", default="layer1.0.conv2", help="whose kernel is decomposed in the figure of HSVD")
     parser.add_argument("--budget", type=float, default=0.15, help="share of the dense FLOPs in the policy's figure")
     parser.add_argument("--screen", type=int, default=2000, metavar="IMAGES", help="validation images")
     parser.add_argument("--out", type=Path, default=Path("docs/figures"), metavar="DIR")

@@ -186,7 +186,7 @@ def commands(results: Path) -> str:
     """Every measurement under results/: what, the command, and the minutes that it took, as the files say."""
     rows = []
     for name, minutes in read_json(results / "timings.json")["minutes"].items():
-        rows.append([f"`{name}`, installation included", f"`{name}`", f"{minutes:.0f}"])
+        rows.append([f"`{name}`, after `make setup`", f"`{name}`", f"{minutes:.0f}"])
     for folder in run_folders(results):
         for path in sorted(folder.glob("baseline-*.json")):
             rows.append(_baseline_command(folder.name, read_json(path)))
