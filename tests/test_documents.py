@@ -53,7 +53,7 @@ def test_a_changed_document_is_noticed_and_mended(tmp_path, capsys):
         source, target = ROOT / name, tmp_path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
-            ignored = shutil.ignore_patterns("*.png", "*.ipynb", "*.safetensors", "demo")
+            ignored = shutil.ignore_patterns("*.png", "*.safetensors", "demo")
             shutil.copytree(source, target, ignore=ignored, dirs_exist_ok=True)
         else:
             shutil.copy(source, target)
