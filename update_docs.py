@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from analyze_results import load_runs
@@ -43,18 +44,10 @@ def sections(results: Path) -> Mapping[str, Callable[[], str]]:
     if problems:
         raise ValueError("; ".join(problems))
     published = documents.read_json(results / "published.json")
-    rules = {
-        f"rules-{folder.name}": lambda folder=folder: (folder / "table.md").read_text(encoding="utf-8")
-        for folder in sorted((results / "rank-selection").glob("*"))
-    }
-    ablations = {
-        f"ablation-{folder.name}": lambda folder=folder: (folder / "ablation.md").read_text(encoding="utf-8")
-        for folder in sorted((results / "rank-selection").glob("*"))
-    }
-    latencies = {
-        folder.name: lambda folder=folder: (folder / "latency.md").read_text(encoding="utf-8")
-        for folder in sorted(results.glob("latency-*"))
-    }
+    compared = sorted((results / "rank-selection").glob("*"))
+    files = {f"rules-{folder.name}": folder / "table.md" for folder in compared}
+    files |= {f"ablation-{folder.name}": folder / "ablation.md" for folder in compared}
+    files |= {folder.name: folder / "latency.md" for folder in sorted(results.glob("latency-*"))}
     return {
         "headline": lambda: documents.headline(runs, documents.STRICT),
         "headline-loose": lambda: documents.headline(runs, documents.LOOSE),
@@ -64,9 +57,7 @@ def sections(results: Path) -> Mapping[str, Callable[[], str]]:
         "search-costs": lambda: documents.search_costs(runs, published),
         "commands": lambda: documents.commands(results),
         "factorisation": lambda: documents.factorisation(documents.read_json(results / "factorize_speed.json")),
-        **rules,
-        **ablations,
-        **latencies,
+        **{name: partial(path.read_text, encoding="utf-8") for name, path in files.items()},
     }
 
 
