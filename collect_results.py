@@ -54,14 +54,26 @@ def collect(log: Path, out: Path, baselines: Path) -> Path:
     if not RUN_FOLDER.fullmatch(folder.name) or run["baseline"] is None:
         raise ValueError(f"{log} is not the log of a whole run: it lacks the data set, the image size or the baseline")
     write_text(folder / f"{log.stem}.json", json.dumps(run, indent=1, allow_nan=False) + "\n")
-    training = baselines / f"{head['model']}_{head['dataset']}_{head['image_size']}.json"
-    if training.exists():
-        shutil.copyfile(training, folder / f"baseline-{head['model']}.json")
+    own, *earlier = _trainings(baselines / f"{head['model']}_{head['dataset']}_{head['image_size']}.json") or [None]
+    if own is not None:
+        shutil.copyfile(own, folder / f"baseline-{head['model']}.json")
+    for training in earlier:
+        shutil.copyfile(training, folder / f"baseline-{training.stem}.json")
     weights = _smallest(run, log)
     if weights is not None and weights.stat().st_size < LARGEST_WEIGHTS:
         with atomic_path(folder / f"{head['model']}-smallest-seed{head['seed']}.safetensors") as temporary:
             shutil.copyfile(weights, temporary)
     return folder
+
+
+def _trainings(log: Path) -> list[Path]:
+    """The training log of a baseline, then of the one of another size that it started from, and so on."""
+    found: list[Path] = []
+    while log.exists() and log not in found:
+        found.append(log)
+        start = Path(json.loads(log.read_text(encoding="utf-8"))["weights"])
+        log = log.with_name(f"{start.stem}.json")
+    return found
 
 
 def forget_paths(notebook: Path) -> None:

@@ -208,9 +208,14 @@ def _baseline_command(folder: str, record: Mapping[str, Any]) -> list[str]:
     options = f"--model {record['model']} --dataset {record['dataset']} --image-size {record['image_size']}"
     options += f" --epochs {settings['epochs']} --train-limit {record['train_images']}"
     options += f" --batch-size {settings['batch_size']} --learning-rate {settings['learning_rate']:g}"
+    if settings.get("val_images"):
+        options += f" --val-images {settings['val_images']}"
+    if record["weights"] != "none":
+        options += f" --weights {record['weights']}"
     minutes = sum(epoch["seconds"] for epoch in record["epochs"]) / 60
     command = f"`python finetuned/finetune_models.py {options}`"
-    return [f"{folder}: baseline {record['model']}", command, f"{minutes:.0f}"]
+    size = "" if folder.endswith(f"-{record['image_size']}") else f", first at {record['image_size']} px"
+    return [f"{folder}: baseline {record['model']}{size}", command, f"{minutes:.0f}"]
 
 
 def _notebook_command(folder: str, executed: Mapping[str, Any]) -> list[str]:

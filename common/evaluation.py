@@ -9,7 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.cost import evaluating
+from common.precision import autocast
 from common.splits import Split
+
+MOST_IMAGES, MOST_PIXELS = 512, 2**21
+"""What a batch holds at most: the first maps of VGG16 at 224 px take 13 million bytes an image."""
 
 
 @dataclass(frozen=True)
@@ -21,15 +25,31 @@ class Evaluation:
     count: int
 
 
-def evaluate(model: nn.Module, split: Split, *, batch_size: int = 512, limit: int | None = None) -> Evaluation:
+def evaluation_batch(split: Split) -> int:
+    """Images per batch that suit the split's image size when nothing is trained."""
+    return max(1, min(MOST_IMAGES, MOST_PIXELS // split.format.image_size**2))
+
+
+def evaluate(
+    model: nn.Module,
+    split: Split,
+    *,
+    batch_size: int | None = None,
+    limit: int | None = None,
+    amp: bool | None = None,
+) -> Evaluation:
     """Measure a model on a split, or on its first `limit` images; each module's training flag is restored.
+
+    Args:
+        batch_size: None takes `evaluation_batch`.
+        amp: bfloat16 autocast, as in training; None: where the device is fast at it.
 
     Raises:
         ValueError: the split has labels that the model's head does not.
     """
     correct, loss, count = 0, 0.0, 0
-    with evaluating(model), torch.no_grad():
-        for batch in split.batches(batch_size, limit=limit):
+    with evaluating(model), torch.no_grad(), autocast(split.device, amp):
+        for batch in split.batches(batch_size or evaluation_batch(split), limit=limit):
             logits = model(batch.images).float()
             if count == 0:
                 check_head(logits, split)
@@ -39,10 +59,13 @@ def evaluate(model: nn.Module, split: Split, *, batch_size: int = 512, limit: in
     return Evaluation(accuracy=int(correct) / count, loss=float(loss) / count, count=count)
 
 
-def predict_logits(model: nn.Module, split: Split, batch_size: int = 512) -> Tensor:
-    """Outputs for every image, unaugmented and in split order: (N, classes) float32 on the split's device."""
-    with evaluating(model), torch.no_grad():
-        return torch.cat([model(batch.images).float() for batch in split.batches(batch_size)])
+def predict_logits(model: nn.Module, split: Split, *, amp: bool | None = None) -> Tensor:
+    """Outputs for every image, unaugmented and in split order: (N, classes) float32 on the split's device.
+
+    amp: see `evaluate`.
+    """
+    with evaluating(model), torch.no_grad(), autocast(split.device, amp):
+        return torch.cat([model(batch.images).float() for batch in split.batches(evaluation_batch(split))])
 
 
 def check_head(logits: Tensor, split: Split) -> None:

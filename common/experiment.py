@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -91,8 +91,8 @@ class Experiment:
     def baseline(self) -> Baseline:
         """The trained dense network: loaded, or trained now if there is no checkpoint (it says which)."""
         s = self.settings
-        train = recipe(s.model, pretrained=s.weights == "imagenet", train_images=len(self.dataset.train))
-        train = type(train)(**{**asdict(train), "epochs": s.baseline_epochs, "seed": s.split_seed})
+        train = recipe(s.model, pretrained=s.weights != "none", train_images=len(self.dataset.train))
+        train = replace(train, epochs=s.baseline_epochs, val_images=s.val_images, seed=s.split_seed)
         return baseline(s.model, self.dataset, train, weights=s.weights, progress=self.progress)
 
     @cached_property

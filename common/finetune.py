@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from common.data import Batch, Dataset, Split
 from common.evaluation import Evaluation, check_head, evaluate, evaluating, predict_logits
+from common.precision import autocast
 from common.train_settings import TrainSettings, recipe
 from common.train_state import StateMismatch, TrainState, fingerprint
 
@@ -103,7 +103,7 @@ def train(
             bar.set_description(f"epoch {epoch + 1}/{settings.epochs}")
             started = time.perf_counter()
             train_loss = _train_epoch(model, optimizer, dataset.train, settings, epoch, teacher_logits, bar)
-            found = evaluate(model, dataset.val, batch_size=settings.batch_size)
+            found = evaluate(model, dataset.val, limit=settings.val_images, amp=settings.amp)
             seconds = time.perf_counter() - started
             records.append(EpochRecord(epoch + 1, train_loss, found.accuracy, found.loss, seconds))
             bar.set_postfix(loss=f"{train_loss:.4f}", val=f"{found.accuracy:.4f}")
@@ -161,16 +161,8 @@ def _train_epoch(
 
 def _forward(model: nn.Module, images: Tensor, settings: TrainSettings) -> Tensor:
     """(B, C, S, S) -> logits (B, classes) float32, under bfloat16 autocast where the settings ask for it."""
-    amp = settings.amp if settings.amp is not None else images.is_cuda or _cpu_has_bfloat16()
-    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=amp):
+    with autocast(images.device, settings.amp):
         return model(images.contiguous(memory_format=torch.channels_last)).float()
-
-
-@cache
-def _cpu_has_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 in hardware; elsewhere autocast would only cost time."""
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 to 2.9 cannot tell
-    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
 def _loss(logits: Tensor, batch: Batch, settings: TrainSettings, teacher_logits: Tensor | None) -> Tensor:

@@ -36,6 +36,8 @@ FAMILIES = {"alexnet": "alexnet", "vgg": "vgg16", "resnet": "resnet18"}
 DENSE_FORMAT = "htd-dense-1"
 """Header field `format` of a dense checkpoint; compressed models carry another one."""
 
+CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt")
+
 PROBE_SIZES = (32, 64, 96, 128, 160, 192, 224, 256, 299)
 """Square image sizes that an error message tries, to say which ones an architecture can take."""
 
@@ -74,26 +76,32 @@ def build_model(
 
     Args:
         name: an architecture or a family, see `canonical_name`.
-        weights: "none" for random weights, "imagenet" for torchvision's best ones (the head stays random).
+        weights: "none" for random weights, "imagenet" for torchvision's best ones (the head stays random), or the path
+            of a dense checkpoint of the same architecture, see `load_checkpoint` (its head stays where it fits).
         image_size: checked against the architecture where given.
         seed: of the random weights; None draws them from torch's global generator.
 
     Raises:
         ValueError: unknown model or weights, fewer than 2 classes, image too small, weights not to be had.
+        CheckpointError: see `load_checkpoint`.
     """
     architecture = canonical_name(name)
     if num_classes < 2:
         raise ValueError(f"a classifier needs at least 2 classes, got {num_classes}")
     if image_size is not None:
         check_image_size(architecture, image_size)
-    if weights not in ("none", "imagenet"):
-        raise ValueError(f"unknown weights {weights!r}; choose 'none' or 'imagenet'")
+    from_file = Path(weights).suffix in CHECKPOINT_SUFFIXES
+    if weights not in ("none", "imagenet") and not from_file:
+        raise ValueError(f"unknown weights {weights!r}; choose 'none', 'imagenet' or the path of a checkpoint")
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         if weights == "none":
             return _construct(architecture, num_classes=num_classes)
-        return _replace_head(_pretrained(architecture), num_classes)
+        if not from_file:
+            return _replace_head(_pretrained(architecture), num_classes)
+        model, metadata = load_checkpoint(weights, architecture=architecture)
+        return (model if metadata["num_classes"] == num_classes else _replace_head(model, num_classes)).train()
 
 
 def check_image_size(name: str, image_size: int) -> None:

@@ -27,7 +27,7 @@ class RunSettings:
         image_size: height and width in pixels.
         preset: the preset this came from, for the log.
         data_root: where the data set lies; None: $HTD_DATA, else data.
-        weights: what the baseline starts from: imagenet or none.
+        weights: what the baseline starts from: imagenet, none, or the path of a checkpoint.
         train_limit: training images used, None for all.
         baseline_epochs: of the dense network, when it has to be trained.
         layers: which layers are factorised; one of common.compress.LAYER_SETS.
@@ -38,6 +38,8 @@ class RunSettings:
         sampler: policy, tpe, random or nsga2.
         sensitivity: blended, measured or proxy; see `common.sensitivity`.
         calibration_images: training images for moments, batch norm and biases.
+        val_images: validation images evaluated after each epoch of training, None for all; chooses between the
+            candidates of one budget.
         screen_images: validation images that a candidate is screened on.
         promote: candidates fine-tuned per budget, before halving.
         finetune_epochs: at most; 3 is the protocol's limit.
@@ -66,6 +68,7 @@ class RunSettings:
     sampler: str = "policy"
     sensitivity: str = "blended"
     calibration_images: int = 2000
+    val_images: int | None = None
     screen_images: int = 2000
     promote: int = 2
     finetune_epochs: int = 3
@@ -120,6 +123,7 @@ class RunSettings:
         return replace(
             settings,
             epochs=self.finetune_epochs,
+            val_images=self.val_images,
             learning_rate=settings.learning_rate * gentler,
             weight_decay=1e-4,
             distill_weight=0.8,
@@ -188,6 +192,7 @@ def _cpu(model: str, size: int) -> RunSettings:
     if size >= LARGE_FROM or model != "resnet18":
         limit = 12_000 if model == "alexnet" else 8_000
         settings = replace(settings, train_limit=limit, baseline_epochs=4, calibration_images=512, screen_images=512)
+        settings = replace(settings, val_images=1000)
     return settings
 
 

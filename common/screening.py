@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.compress import ModelFactors, RankConfig
-from common.evaluation import check_head, evaluating
+from common.evaluation import check_head, evaluating, evaluation_batch
 from common.recalibrate import recalibrate
 from common.sensitivity import divergence
 from common.splits import Split
@@ -50,16 +50,21 @@ class Screener:
     """
 
     def __init__(self, factors: ModelFactors, calibration: Tensor, validation: Split, *, limit: int) -> None:
-        self.factors, self._calibration = factors, calibration
+        self.factors = factors
+        self._calibration = calibration.contiguous(memory_format=torch.channels_last)
         with evaluating(factors.model), torch.no_grad():
-            batches = list(validation.batches(512, limit=min(limit, len(validation))))
+            batches = list(validation.batches(evaluation_batch(validation), limit=min(limit, len(validation))))
             self._batches = [(batch.images, batch.labels, self._dense(batch.images)) for batch in batches]
             check_head(self._batches[0][2], validation)
 
     def build(self, config: RankConfig) -> nn.Module:
-        """The compressed and recalibrated network of a configuration."""
+        """The compressed and recalibrated network of a configuration.
+
+        It is channels-last: small convolutions run two to five times faster in it on a CPU.
+        """
         factors = self.factors
-        return recalibrate(factors.compress(config), self._calibration, factors.output_means(), factors.output_stds())
+        model = factors.compress(config).to(memory_format=torch.channels_last)
+        return recalibrate(model, self._calibration, factors.output_means(), factors.output_stds())
 
     def screen(self, config: RankConfig) -> Screening:
         """Compress, recalibrate, evaluate.

@@ -52,12 +52,13 @@ def measured_sensitivity(
         cache: a JSON file; measured values found there are used again, if they belong to the same network, images
             and menus.
     """
+    images = images.contiguous(memory_format=torch.channels_last)
     fingerprint = _fingerprint(factors, menus, images, anchors)
     if cache is not None and (known := _read_cache(cache, fingerprint)) is not None:
         return known
+    work = copy.deepcopy(factors.model).to(memory_format=torch.channels_last)
     with torch.no_grad():
-        dense = F.log_softmax(calibrated_outputs(factors.model, images).double(), dim=1)
-    work = copy.deepcopy(factors.model)
+        dense = F.log_softmax(calibrated_outputs(work, images).double(), dim=1)
     result = {}
     for name, menu in tqdm(menus.items(), desc="sensitivity", unit="layer", disable=not progress):
         compressed = [entry for entry in menu if entry.ranks is not None]
@@ -94,7 +95,8 @@ def _divergence(
     factors: ModelFactors, work: nn.Module, name: str, entry: MenuEntry, images: Tensor, dense: Tensor
 ) -> float:
     original = work.get_submodule(name)
-    _set_submodule(work, name, factors.layers[name].layer(entry.ranks).to(images.device))
+    layer = factors.layers[name].layer(entry.ranks)
+    _set_submodule(work, name, layer.to(images.device, memory_format=torch.channels_last))
     try:
         means, stds = factors.output_means(), factors.output_stds()
         own = ({name: means[name]}, {name: stds[name]}) if name in means else ()

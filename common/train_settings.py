@@ -27,6 +27,7 @@ class TrainSettings:
     seed: int = 0
     max_batches_per_epoch: int | None = None
     augment: bool = True
+    val_images: int | None = None  # evaluated after each epoch, the first of the validation split; None: all
     amp: bool | None = None  # bfloat16 autocast; None: on CUDA, and on processors that have bfloat16
     distill_weight: float = 0.0  # share of the loss that comes from the teacher
     distill_temperature: float = 4.0
@@ -43,6 +44,7 @@ class TrainSettings:
             "label_smoothing": (0 <= self.label_smoothing < 1, "in [0, 1)"),
             "clip_norm": (self.clip_norm is None or self.clip_norm > 0, "positive or None"),
             "max_batches_per_epoch": (batches is None or batches >= 1, "at least 1 or None"),
+            "val_images": (self.val_images is None or self.val_images >= 1, "at least 1 or None"),
             "distill_weight": (0 <= self.distill_weight <= 1, "in [0, 1]"),
             "distill_temperature": (self.distill_temperature > 0, "positive"),
         }

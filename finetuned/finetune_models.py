@@ -79,6 +79,7 @@ def baseline(
     model, metadata = load_checkpoint(
         path, architecture=architecture, num_classes=dataset.num_classes, device=dataset.device
     )
+    model = model.to(memory_format=torch.channels_last)  # as training leaves it
     print(f"Loaded {architecture} for {dataset.name} from {path}.")
     if "val_accuracy" not in metadata or "test_accuracy" not in metadata:
         raise CheckpointError(f"{path} was not written by finetune_models.py: its accuracy is not recorded")
@@ -106,9 +107,9 @@ def train_baseline(
         TrainingDiverged: the loss became NaN or infinite.
     """
     architecture = canonical_name(model_name)
-    settings = settings or recipe(architecture, pretrained=weights == "imagenet", train_images=len(dataset.train))
+    settings = settings or recipe(architecture, pretrained=weights != "none", train_images=len(dataset.train))
     path = checkpoint_path(architecture, dataset.name, dataset.image_size, folder)
-    unfinished = path.with_suffix(f".{weights}.unfinished.pt")
+    unfinished = path.with_suffix(f".{Path(weights).stem}.unfinished.pt")
     if fresh:
         unfinished.unlink(missing_ok=True)
     model = build_model(
@@ -119,7 +120,7 @@ def train_baseline(
         seed=settings.seed,
     )
     history = train(model, dataset, settings, checkpoint=unfinished, progress=progress)
-    test = evaluate(model, dataset.test, batch_size=settings.batch_size)
+    test = evaluate(model, dataset.test)
     record = {
         "model": architecture,
         "dataset": dataset.name,
@@ -164,11 +165,17 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset", default="mnist", help="digits, mnist, fashion-mnist, cifar10, folder:PATH")
     parser.add_argument("--image-size", type=int, default=32, metavar="PIXELS")
     parser.add_argument("--data-root", metavar="DIR", help="default: $HTD_DATA, else data")
-    parser.add_argument("--weights", choices=("none", "imagenet"), default="none")
+    parser.add_argument(
+        "--weights",
+        default="none",
+        metavar="WEIGHTS",
+        help="what it starts from: none, imagenet, or a checkpoint of the same network, such as one of a smaller size",
+    )
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, help="default: 128, or 32 for small data sets")
     parser.add_argument("--learning-rate", type=float, help="default: what suits the architecture")
     parser.add_argument("--train-limit", type=int, metavar="IMAGES", help="use a stratified subset")
+    parser.add_argument("--val-images", type=int, metavar="IMAGES", help="evaluated after each epoch; default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, ...")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
@@ -200,9 +207,10 @@ def _run(options: argparse.Namespace) -> None:
             "seed": options.seed,
             "batch_size": options.batch_size,
             "learning_rate": options.learning_rate,
+            "val_images": options.val_images,
         }
         settings = replace(
-            recipe(architecture, pretrained=options.weights == "imagenet", train_images=len(dataset.train)),
+            recipe(architecture, pretrained=options.weights != "none", train_images=len(dataset.train)),
             **{name: value for name, value in chosen.items() if value is not None},
         )
         print(f"{architecture} on {dataset.name}: {len(dataset.train)} images of {dataset.image_size} px")

@@ -25,7 +25,9 @@ def logged(tmp_path):
             weights.write_bytes(trial.encode())
     baselines = tmp_path / "saved_models"
     baselines.mkdir()
-    (baselines / "resnet18_mnist_32.json").write_text("{}")
+    starts = {"resnet18_mnist_32": "saved/resnet18_mnist_24.safetensors", "resnet18_mnist_24": "none"}
+    for name, start in starts.items():
+        (baselines / f"{name}.json").write_text(json.dumps({"weights": start}))
     return path
 
 
@@ -39,10 +41,17 @@ def test_a_run_comes_home(logged, tmp_path):
     assert code == 0
     folder = out / "mnist-32"
     assert json.loads((folder / f"{logged.stem}.json").read_text())["counts"]["fine_tuned"] == 2
-    assert (folder / "baseline-resnet18.json").exists()
+    trained = ["baseline-resnet18.json", "baseline-resnet18_mnist_24.json"]
+    assert [path.name for path in sorted(folder.glob("baseline-*"))] == trained
     assert (folder / "resnet18-smallest-seed4.safetensors").read_bytes() == b"0.1-3"
     assert "95.00%" in (folder / "table.md").read_text()
     assert (out / "radar.png").exists()
+
+
+def test_baselines_that_start_from_each_other_are_told_once(tmp_path):
+    for name, start in (("a", "b"), ("b", "a")):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"weights": f"{start}.safetensors"}))
+    assert collect_results._trainings(tmp_path / "a.json") == [tmp_path / "a.json", tmp_path / "b.json"]
 
 
 def test_notebooks_forget_where_they_were_run(tmp_path):

@@ -15,7 +15,9 @@ import pytest
 import torch
 from torch import nn
 
+from common import evaluation
 from common.data import load
+from common.evaluation import evaluation_batch
 from common.finetune import (
     StateMismatch,
     TrainingDiverged,
@@ -26,6 +28,7 @@ from common.finetune import (
     recipe,
     train,
 )
+from common.models import load_checkpoint
 from common.provenance import provenance
 from finetuned import finetune_models
 from finetuned.finetune_models import baseline, checkpoint_path, main, train_baseline
@@ -249,10 +252,18 @@ def test_distillation_arguments_must_fit(digits):
         trained(digits, replace(SETTINGS, distill_weight=0.5), teacher_logits=logits[1:])
 
 
-def test_predicted_logits_are_in_split_order_for_any_batch_size(digits):
+def test_evaluation_batches_are_smaller_where_images_are_large():
+    sizes = {side: load("digits", image_size=side, train_limit=20) for side in (16, 64, 224)}
+    batches = {side: evaluation_batch(dataset.val) for side, dataset in sizes.items()}
+    assert batches[16] == batches[64] == 512
+    assert 16 <= batches[224] <= 64
+
+
+def test_predicted_logits_are_in_split_order_for_any_batch_size(digits, monkeypatch):
     model = small_network()
     expected = model.eval()(torch.cat([batch.images for batch in digits.val.batches(1000)]))
-    assert torch.allclose(predict_logits(model, digits.val, batch_size=37), expected, atol=1e-5)
+    monkeypatch.setattr(evaluation, "MOST_IMAGES", 37)
+    assert torch.allclose(predict_logits(model, digits.val, amp=False), expected, atol=1e-5)
 
 
 def test_evaluation_counts_by_hand_and_restores_every_flag(digits):
@@ -360,6 +371,21 @@ def test_interrupted_baseline_continues_or_starts_afresh(tmp_path, monkeypatch):
     train_baseline("squeezenet1_1", digits, other, folder=tmp_path, progress=False, fresh=True)
 
 
+def test_a_baseline_starts_from_one_of_a_smaller_size(tmp_path, capsys):
+    common = ["--model", "squeezenet1_1", "--dataset", "digits", "--train-limit", "50", "--batch-size", "25"]
+    common += ["--epochs", "1", "--out", str(tmp_path)]
+    assert main([*common, "--image-size", "32"]) == 0
+    small = checkpoint_path("squeezenet1_1", "digits", 32, tmp_path)
+    start = [*common, "--image-size", "40", "--weights", str(small), "--learning-rate", "1e-9"]
+    assert main(start) == 0
+    large = checkpoint_path("squeezenet1_1", "digits", 40, tmp_path)
+    before, after = (load_checkpoint(path)[0].state_dict() for path in (small, large))
+    assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
+    assert json.loads(large.with_suffix(".json").read_text())["weights"] == str(small)
+    assert main([*common, "--image-size", "40", "--weights", str(tmp_path / "none.pth")]) == 2
+    assert "error: no checkpoint at" in capsys.readouterr().err
+
+
 def test_checkpoint_names_are_plain():
     name = checkpoint_path("vgg16", "folder:/data/my pets", 64, Path("out"))
     assert name == Path("out/vgg16_my-pets_64.safetensors")
@@ -395,6 +421,7 @@ def test_ctrl_c_on_the_command_line(tmp_path):
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
     )
     deadline = time.monotonic() + 100
     while not list(tmp_path.glob("*.unfinished.pt")) and time.monotonic() < deadline and process.poll() is None:

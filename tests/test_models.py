@@ -77,6 +77,24 @@ def test_imagenet_weights_get_a_new_head_only(monkeypatch, name):
     assert changed == {models._head_name(model)}
 
 
+@pytest.mark.parametrize("classes", [len(CLASSES), 5])
+def test_a_checkpoint_is_a_start_and_keeps_its_head_where_it_fits(saved, classes):
+    path, trained, _ = saved
+    model = build_model(SMALL, classes, weights=str(path), seed=0)
+    assert model.training
+    head = models._head_name(model)
+    kept, expected = model.state_dict(), trained.state_dict()
+    differing = {key for key in kept if kept[key].shape != expected[key].shape or not kept[key].equal(expected[key])}
+    assert differing == (set() if classes == len(CLASSES) else {f"{head}.weight", f"{head}.bias"})
+
+
+def test_a_start_that_is_missing_or_of_another_network_is_refused(saved, tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        build_model(SMALL, 3, weights=str(tmp_path / "none.safetensors"))
+    with pytest.raises(CheckpointError, match="holds a squeezenet1_1, but resnet18"):
+        build_model("resnet18", 3, weights=str(saved[0]))
+
+
 def test_unreachable_weights_give_one_line(monkeypatch, tmp_path):
     def unreachable(*arguments, **options):
         raise OSError("no\nnetwork")
