@@ -48,9 +48,12 @@ def sections(results: Path) -> Mapping[str, Callable[[], str]]:
     files = {f"rules-{folder.name}": folder / "table.md" for folder in compared}
     files |= {f"ablation-{folder.name}": folder / "ablation.md" for folder in compared}
     files |= {folder.name: folder / "latency.md" for folder in sorted(results.glob("latency-*"))}
+    largest = documents.largest(runs)
+    smaller = [run for run in runs if run not in largest]
     return {
-        "headline": lambda: documents.headline(runs, documents.STRICT),
-        "headline-loose": lambda: documents.headline(runs, documents.LOOSE),
+        "headline": lambda: documents.headline(largest, documents.STRICT),
+        "headline-loose": lambda: documents.headline(largest, documents.LOOSE),
+        "headline-smaller": lambda: documents.headline(smaller, documents.STRICT),
         "published": lambda: documents.against_published(runs, published),
         "origin": lambda: documents.origin(runs),
         "seeds": lambda: documents.seeds(runs),

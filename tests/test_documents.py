@@ -33,6 +33,7 @@ def run(*, seed=0, accuracy=0.990, params=40_000, seconds=0.002):
 
 PUBLISHED = {
     "source": "Somewhere.",
+    "dataset": "mnist",
     "models": {
         "Resnet": {
             "params_reduction": 0.87,
@@ -87,6 +88,22 @@ def test_the_comparison_says_where_it_is_not_ahead():
     verdicts = {label: line.split("|")[4].strip() + " " + line.split("|")[5].strip() for label, line in lines.items()}
     assert verdicts == {"parameters": "-96.0% yes", "FLOPs": "-90.0% no", "speed": "5.00x yes"}
     assert "none within tolerance" in documents.against_published([run(accuracy=0.9)], PUBLISHED)
+
+
+def at(size, dataset="mnist", **options):
+    """`run()` at another image size or on another data set."""
+    made = run(**options)
+    return {**made, "header": {**made["header"], "image_size": size, "dataset": dataset}}
+
+
+def test_the_largest_size_of_each_task_speaks_for_it():
+    runs = [at(32), at(224), at(224, seed=1), at(64, "fashion-mnist")]
+    assert documents.largest(runs) == runs[1:]
+
+
+def test_only_the_published_data_set_is_compared_and_at_its_largest_size():
+    runs = [at(32, params=10_000), at(224), at(64, "fashion-mnist", params=10_000)]
+    assert documents.against_published(runs, PUBLISHED) == documents.against_published([at(224)], PUBLISHED)
 
 
 def test_seeds_are_listed_with_their_spread_and_a_lone_run_is_not():
