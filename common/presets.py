@@ -117,7 +117,10 @@ class RunSettings:
         return Path(self.folder) / self.name
 
     def finetuning(self, train_images: int) -> TrainSettings:
-        """How candidates are fine-tuned: the baseline's recipe, gentler, with distillation."""
+        """How candidates are fine-tuned: the baseline's recipe, gentler, with distillation and without augmentation.
+
+        The teacher's outputs are computed once, for the images as they are: they are no target for shifted ones.
+        """
         settings = recipe(self.model, train_images=train_images)
         gentler = 1.0 if self.model in UNNORMALISED else 0.4
         return replace(
@@ -126,6 +129,7 @@ class RunSettings:
             val_images=self.val_images,
             learning_rate=settings.learning_rate * gentler,
             weight_decay=1e-4,
+            augment=False,
             distill_weight=0.8,
             seed=self.seed,
         )
