@@ -29,9 +29,10 @@ demo: $(STAMP)  ## ResNet18 on scikit-learn's digits: notebook, log, JSON, table
 	$(BIN)/python jsonify_logs.py results/demo/logs --out results/demo
 	$(BIN)/python analyze_results.py results/demo --out results/demo
 
-row: $(STAMP)  ## ResNet18's rows of the README's table: MNIST at 32 px, from $HTD_DATA or downloaded
+row: $(STAMP)  ## ResNet18 on Fashion-MNIST in the README's tables: 32 px, from $HTD_DATA or downloaded
 	mkdir -p logs/row
-	$(BIN)/papermill htd-resnet-res.ipynb logs/row/htd-resnet-res.ipynb -p PRESET cpu -p FOLDER logs/row
+	$(BIN)/papermill htd-resnet-res.ipynb logs/row/htd-resnet-res.ipynb \
+	    -p PRESET cpu -p DATASET fashion-mnist -p FOLDER logs/row
 	$(BIN)/python analyze_results.py logs/row/*.log --out logs/row --tolerance 0.005
 
 test: $(STAMP)  ## run the tests
