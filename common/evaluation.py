@@ -25,9 +25,9 @@ class Evaluation:
     count: int
 
 
-def evaluation_batch(split: Split) -> int:
-    """Images per batch that suit the split's image size when nothing is trained."""
-    return max(1, min(MOST_IMAGES, MOST_PIXELS // split.format.image_size**2))
+def evaluation_batch(height: int, width: int) -> int:
+    """How many images of this size a batch should hold when nothing is trained."""
+    return max(1, min(MOST_IMAGES, MOST_PIXELS // (height * width)))
 
 
 def evaluate(
@@ -49,7 +49,7 @@ def evaluate(
     """
     correct, loss, count = 0, 0.0, 0
     with evaluating(model), torch.no_grad(), autocast(split.device, amp):
-        for batch in split.batches(batch_size or evaluation_batch(split), limit=limit):
+        for batch in split.batches(batch_size or _batch(split), limit=limit):
             logits = model(batch.images).float()
             if count == 0:
                 check_head(logits, split)
@@ -65,7 +65,11 @@ def predict_logits(model: nn.Module, split: Split, *, amp: bool | None = None) -
     amp: see `evaluate`.
     """
     with evaluating(model), torch.no_grad(), autocast(split.device, amp):
-        return torch.cat([model(batch.images).float() for batch in split.batches(evaluation_batch(split))])
+        return torch.cat([model(batch.images).float() for batch in split.batches(_batch(split))])
+
+
+def _batch(split: Split) -> int:
+    return evaluation_batch(split.format.image_size, split.format.image_size)
 
 
 def check_head(logits: Tensor, split: Split) -> None:

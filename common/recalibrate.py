@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from common.evaluation import evaluation_batch
 from common.layers import HTLayer
 from common.moments import channels_last_rows
 from common.trace import hooked
@@ -30,7 +31,7 @@ def recalibrate(
     output_means: Mapping[str, Tensor] | None = None,
     output_stds: Mapping[str, Tensor] | None = None,
     *,
-    batch_size: int = 256,
+    batch_size: int | None = None,
 ) -> nn.Module:
     """Correct biases, then re-estimate batch-norm statistics, both from ``images: (N, C, H, W)``; changes ``model``.
 
@@ -38,6 +39,7 @@ def recalibrate(
         output_means: layer name -> the dense layer's mean output ``(C_out,)``. Factorised layers with a bias get it
             back, in the order in which they run, each seeing the corrected layers before it.
         output_stds: likewise its standard deviation; without it, scales are left alone.
+        batch_size: None takes what suits the size of the images.
 
     Returns:
         the same model, its training flags as they were.
@@ -48,7 +50,8 @@ def recalibrate(
     if not len(images):
         raise ValueError("recalibration needs at least one image")
     # Batches of one size: a lone last image would have no statistics of its own where the map is 1 x 1.
-    batches = images.tensor_split(math.ceil(len(images) / batch_size))
+    most = batch_size or evaluation_batch(*images.shape[-2:])
+    batches = images.tensor_split(math.ceil(len(images) / most))
     correct_biases(model, batches[0], output_means or {}, output_stds)
     reestimate_batch_norm(model, batches)
     return model
@@ -118,16 +121,15 @@ def _corrections(
 def _match(target_mean: Tensor, target_std: Tensor | None) -> Callable:
     def hook(module: HTLayer, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         axis = -1 if module.geometry.linear else 1
-        rows = channels_last_rows(output, axis)
-        mean, target = rows.mean(0), target_mean.to(output)
-        if target_std is None:
-            module.bias.add_(target - mean)
-            return (output.movedim(axis, -1) + (target - mean)).movedim(-1, axis)
-        gain = _gain(target_std.to(output), rows.std(0, correction=0))
+        variance, mean = torch.var_mean(channels_last_rows(output, axis), dim=0, correction=0)
+        target = target_mean.to(output)
+        gain = torch.ones_like(mean) if target_std is None else _gain(target_std.to(output), variance.sqrt())
         weight = module.stages[-1].weight
         weight.mul_(gain.reshape(-1, *[1] * (weight.ndim - 1)))
         module.bias.copy_((module.bias - mean) * gain + target)
-        return ((output.movedim(axis, -1) - mean) * gain + target).movedim(-1, axis)
+        # In place: at 224 px a copy of one of VGG16's first maps would cost more than the convolution.
+        channels = (-1, *[1] * (output.ndim - 2)) if axis == 1 else (-1,)
+        return output.mul_(gain.view(channels)).add_((target - mean * gain).view(channels))
 
     return hook
 

@@ -53,7 +53,8 @@ class Screener:
         self.factors = factors
         self._calibration = calibration.contiguous(memory_format=torch.channels_last)
         with evaluating(factors.model), torch.no_grad():
-            batches = list(validation.batches(evaluation_batch(validation), limit=min(limit, len(validation))))
+            batch_size = evaluation_batch(*calibration.shape[-2:])
+            batches = list(validation.batches(batch_size, limit=min(limit, len(validation))))
             self._batches = [(batch.images, batch.labels, self._dense(batch.images)) for batch in batches]
             check_head(self._batches[0][2], validation)
 
