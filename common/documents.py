@@ -233,6 +233,8 @@ def _baseline_command(folder: str, record: Mapping[str, Any]) -> list[str]:
 
 def _notebook_command(folder: str, executed: Mapping[str, Any]) -> list[str]:
     notebook = Path(executed["input_path"]).name
+    if executed.get("duration") is None or executed.get("exception"):
+        raise ValueError(f"{notebook} under {folder} was not run to its end: run it again or delete it")
     knobs = {key: value for key, value in executed["parameters"].items() if key not in ("PROGRESS", "FOLDER")}
     options = " ".join(
         f"-y '{key}: {value}'" if isinstance(value, list) else f"-p {key} {value}" for key, value in knobs.items()

@@ -106,6 +106,12 @@ def test_only_the_published_data_set_is_compared_and_at_its_largest_size():
     assert documents.against_published(runs, PUBLISHED) == documents.against_published([at(224)], PUBLISHED)
 
 
+def test_a_notebook_that_was_not_run_to_its_end_is_refused():
+    executed = {"input_path": "/a/htd-vgg-res.ipynb", "duration": None, "parameters": {}}
+    with pytest.raises(ValueError, match="htd-vgg-res.ipynb under mnist-224 was not run to its end"):
+        documents._notebook_command("mnist-224", executed)
+
+
 def test_seeds_are_listed_with_their_spread_and_a_lone_run_is_not():
     text = documents.seeds([run(), run(seed=1, params=60_000)])
     assert "95.00% ± 1.41%" in text
