@@ -108,7 +108,7 @@ def test_only_the_published_data_set_is_compared_and_at_its_largest_size():
 
 def test_a_notebook_that_was_not_run_to_its_end_is_refused():
     executed = {"input_path": "/a/htd-vgg-res.ipynb", "duration": None, "parameters": {}}
-    with pytest.raises(ValueError, match="htd-vgg-res.ipynb under mnist-224 was not run to its end"):
+    with pytest.raises(ValueError, match=r"htd-vgg-res\.ipynb under mnist-224 was not run to its end"):
         documents._notebook_command("mnist-224", executed)
 
 
