@@ -54,11 +54,10 @@ def collect(log: Path, out: Path, baselines: Path) -> Path:
     if not RUN_FOLDER.fullmatch(folder.name) or run["baseline"] is None:
         raise ValueError(f"{log} is not the log of a whole run: it lacks the data set, the image size or the baseline")
     write_text(folder / f"{log.stem}.json", json.dumps(run, indent=1, allow_nan=False) + "\n")
-    own, *earlier = _trainings(baselines / f"{head['model']}_{head['dataset']}_{head['image_size']}.json") or [None]
-    if own is not None:
-        shutil.copyfile(own, folder / f"baseline-{head['model']}.json")
-    for training in earlier:
-        shutil.copyfile(training, folder / f"baseline-{training.stem}.json")
+    own = baselines / f"{head['model']}_{head['dataset']}_{head['image_size']}.json"
+    for training in _trainings(own):
+        name = head["model"] if training == own else training.stem
+        shutil.copyfile(training, folder / f"baseline-{name}.json")
     weights = _smallest(run, log)
     if weights is not None and weights.stat().st_size < LARGEST_WEIGHTS:
         with atomic_path(folder / f"{head['model']}-smallest-seed{head['seed']}.safetensors") as temporary:

@@ -90,15 +90,14 @@ def build_model(
         raise ValueError(f"a classifier needs at least 2 classes, got {num_classes}")
     if image_size is not None:
         check_image_size(architecture, image_size)
-    from_file = Path(weights).suffix in CHECKPOINT_SUFFIXES
-    if weights not in ("none", "imagenet") and not from_file:
+    if weights not in ("none", "imagenet") and Path(weights).suffix not in CHECKPOINT_SUFFIXES:
         raise ValueError(f"unknown weights {weights!r}; choose 'none', 'imagenet' or the path of a checkpoint")
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         if weights == "none":
             return _construct(architecture, num_classes=num_classes)
-        if not from_file:
+        if weights == "imagenet":
             return _replace_head(_pretrained(architecture), num_classes)
         model, metadata = load_checkpoint(weights, architecture=architecture)
         return (model if metadata["num_classes"] == num_classes else _replace_head(model, num_classes)).train()

@@ -128,8 +128,8 @@ def _match(target_mean: Tensor, target_std: Tensor | None) -> Callable:
         weight.mul_(gain.reshape(-1, *[1] * (weight.ndim - 1)))
         module.bias.copy_((module.bias - mean) * gain + target)
         # In place: at 224 px a copy of one of VGG16's first maps would cost more than the convolution.
-        channels = (-1, *[1] * (output.ndim - 2)) if axis == 1 else (-1,)
-        return output.mul_(gain.view(channels)).add_((target - mean * gain).view(channels))
+        output.movedim(axis, -1).mul_(gain).add_(target - mean * gain)
+        return output
 
     return hook
 

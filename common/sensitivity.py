@@ -52,10 +52,10 @@ def measured_sensitivity(
         cache: a JSON file; measured values found there are used again, if they belong to the same network, images
             and menus.
     """
-    images = images.contiguous(memory_format=torch.channels_last)
     fingerprint = _fingerprint(factors, menus, images, anchors)
     if cache is not None and (known := _read_cache(cache, fingerprint)) is not None:
         return known
+    images = images.contiguous(memory_format=torch.channels_last)
     work = copy.deepcopy(factors.model).to(memory_format=torch.channels_last)
     with torch.no_grad():
         dense = F.log_softmax(calibrated_outputs(work, images).double(), dim=1)

@@ -65,7 +65,7 @@ def recipe(architecture: str, *, pretrained: bool = False, train_images: int | N
 
     Args:
         architecture: canonical name, such as "resnet18".
-        pretrained: start from ImageNet weights, which large steps would destroy.
+        pretrained: start from trained weights, which large steps would destroy.
         train_images: how many there are, where known; few of them go in small batches.
     """
     small = train_images is not None and train_images < SMALL_DATA
