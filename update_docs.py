@@ -1,4 +1,7 @@
-"""Makes the measured parts of README.md and docs/ from the files under results/: python update_docs.py [--check]"""
+"""Makes the measured parts of README.md and docs/ from the files under results/: python update_docs.py [--check]
+
+Prose states no measured figure of its own, in the documents as in the notebooks.
+"""
 
 import argparse
 import sys
@@ -24,18 +27,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = path.read_text(encoding="utf-8")
             new = documents.fill(text, parts)
             loose = documents.untraced(new)
-            found += [f"{name} states a measured figure outside its markers: {line}" for line in loose]
+            found += [_stray(name, line) for line in loose]
             if new != text and options.check:
                 found.append(f"{name} is not up to date with results/; run python update_docs.py")
             elif new != text:
                 write_text(path, new)
                 print(f"{name} brought up to date")
+        for path in sorted(options.root.glob("htd-*-res.ipynb")):
+            cells = documents.read_json(path)["cells"]
+            prose = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+            found += [_stray(path.name, line) for line in documents.untraced(prose)]
     except (OSError, ValueError, KeyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for problem in found:
         print(problem, file=sys.stderr)
     return 1 if found else 0
+
+
+def _stray(name: str, line: str) -> str:
+    return f"{name} states a measured figure outside its markers: {line}"
 
 
 def sections(results: Path) -> Mapping[str, Callable[[], str]]:

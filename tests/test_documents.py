@@ -1,6 +1,7 @@
 """What README and docs state is made from files under results/, and nothing measured is written by hand."""
 
 import copy
+import json
 import shutil
 from pathlib import Path
 
@@ -49,7 +50,9 @@ def test_the_repository_is_up_to_date():
     assert update_docs.main(["--check"]) == 0
 
 
-def test_a_changed_document_is_noticed_and_mended(tmp_path, capsys):
+@pytest.fixture
+def repository(tmp_path):
+    """A copy of the documents and of what they are made from."""
     for name in (*update_docs.DOCUMENTS, "results"):
         source, target = ROOT / name, tmp_path / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -58,16 +61,27 @@ def test_a_changed_document_is_noticed_and_mended(tmp_path, capsys):
             shutil.copytree(source, target, ignore=ignored, dirs_exist_ok=True)
         else:
             shutil.copy(source, target)
-    readme = tmp_path / "README.md"
+    return tmp_path
+
+
+def test_a_changed_document_is_noticed_and_mended(repository, capsys):
+    readme = repository / "README.md"
     honest = readme.read_text()
     readme.write_text(honest.replace("| Resnet ", "| Resnext ", 1))
-    assert update_docs.main(["--check", "--root", str(tmp_path)]) == 1
+    assert update_docs.main(["--check", "--root", str(repository)]) == 1
     assert "README.md is not up to date" in capsys.readouterr().err
-    assert update_docs.main(["--root", str(tmp_path)]) == 0
+    assert update_docs.main(["--root", str(repository)]) == 0
     assert readme.read_text() == honest
     readme.write_text(honest + "\nIt is 12.5x faster.\n")
-    assert update_docs.main(["--check", "--root", str(tmp_path)]) == 1
+    assert update_docs.main(["--check", "--root", str(repository)]) == 1
     assert "It is 12.5x faster." in capsys.readouterr().err
+
+
+def test_a_figure_in_a_notebooks_prose_is_noticed(repository, capsys):
+    cell = {"cell_type": "markdown", "source": ["It saves 12.5 % here."]}
+    (repository / "htd-a-res.ipynb").write_text(json.dumps({"cells": [cell]}))
+    assert update_docs.main(["--check", "--root", str(repository)]) == 1
+    assert "htd-a-res.ipynb states a measured figure outside its markers: It saves 12.5 %" in capsys.readouterr().err
 
 
 def test_figures_in_code_and_between_markers_are_no_loose_ends():
