@@ -1,18 +1,24 @@
 """Turns the JSON of searches into tables and plots: python analyze_results.py JSON... [--out DIR] [--tolerance 0.02]"""
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.configuration import parse_config_str
 from common.files import write_text
-from common.logformat import record_problem
-from common.logreader import SCHEMA, VERSION
-from common.runlog import parse_config_str, read_log, to_json
-from common.tables import TIE_RULES, Choice, Group, caption, choose, group_runs, render
+from common.reports import (
+    TIE_RULES,
+    Choice,
+    Group,
+    caption,
+    choose,
+    group_runs,
+    load_runs,
+    render,
+)
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 STYLES = ("txt", "csv", "md", "html")
@@ -50,26 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2 if problems else 0
 
 
-def load_runs(inputs: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The runs in JSON files, logs and folders (their `*.json` that are of our schema), and a line per bad input."""
-    runs, problems = [], []
-    for given in inputs:
-        found = sorted(given.glob("*.json")) if given.is_dir() else [given]
-        before = len(runs), len(problems)
-        for path in found:
-            try:
-                run = _load(path)
-                if run is None and not given.is_dir():
-                    raise ValueError(f"{path} is not JSON of schema {SCHEMA}; make it with jsonify_logs.py")
-                if run is not None:
-                    runs.append(_with_baseline(run, path))
-            except (OSError, ValueError) as error:
-                problems.append(str(error))
-        if given.is_dir() and before == (len(runs), len(problems)):
-            problems.append(f"no results in folder {given}; name JSON files or logs, or run jsonify_logs.py first")
-    return runs, problems
-
-
 def with_results(text: str, table: str, path: Path) -> str:
     """The text with the table between its two markers.
 
@@ -83,7 +69,7 @@ def with_results(text: str, table: str, path: Path) -> str:
 
 def draw(groups: Sequence[Group], choices: Mapping[str, Sequence[Choice]], out: Path, tolerance: float) -> None:
     """Per group a scatter and the chosen ranks, over all groups the radar, as PNG in `out`."""
-    from common import plots
+    from common.reports import plots
 
     models = []
     for group in groups:
@@ -114,36 +100,6 @@ def draw(groups: Sequence[Group], choices: Mapping[str, Sequence[Choice]], out: 
     if models:
         figure = plots.radar_with_scatter(models, title="Best FLOPs reduction of each model")
         plots.save(figure, out / "radar.png")
-
-
-def _load(path: Path) -> dict[str, Any] | None:
-    """A run, or None if the file is valid JSON of another kind."""
-    if path.suffix == ".log":
-        parsed = read_log(path)
-        for warning in parsed.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
-        return to_json(parsed)
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from error
-    if not isinstance(run, dict) or run.get("schema") != SCHEMA:
-        return None
-    if run.get("version") != VERSION:
-        raise ValueError(f"{path} has schema version {run.get('version')}, not {VERSION}; run jsonify_logs.py again")
-    missing = {"header", "baseline", "counts", "candidates"} - run.keys()
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; run jsonify_logs.py again")
-    for place, record in enumerate(run["candidates"]):
-        if problem := record_problem(record):
-            raise ValueError(f"{path}: candidate {place} {problem}; run jsonify_logs.py again")
-    return run
-
-
-def _with_baseline(run: dict[str, Any], path: Path) -> dict[str, Any]:
-    if run["baseline"] is None:
-        raise ValueError(f"{path} has no baseline to compare with; its log lacks the line 'Baseline MODEL: ...'")
-    return run
 
 
 def _check(path: Path, table: str) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.files import write_text
-from common.runlog import ParsedLog, read_log, to_json
+from common.reports import ParsedLog, read_log, to_json
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

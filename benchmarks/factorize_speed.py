@@ -29,8 +29,8 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.compress import ModelFactors, factorize
+from common.configuration import KernelRanks
 from common.files import write_text
-from common.layers import KernelRanks
 from common.models import build_model, load_checkpoint
 from common.provenance import provenance
 from common.ranks import uniform

@@ -31,18 +31,15 @@ if __package__ in (None, ""):
 
 from benchmarks.latency_peers import PEERS, Subject
 from benchmarks.latency_report import write_report
-from common.compress import config_str, factorize
+from common.compress import factorize
+from common.configuration import Configuration
 from common.cost import count_flops, count_params, latency_samples, summarise
-from common.deploy import Deployed, deploy
+from common.deploy import Deployed, Target, deploy, median_and_error
 from common.files import write_text
 from common.models import build_model, canonical_name, load_compressed
-from common.plan_choice import median_and_error
-from common.policy import Costs, Policy, configuration
 from common.provenance import provenance
-from common.ranks import Cost, build_menus, uniform
-from common.runtimes import Target
-from common.search import parse_config
-from common.sensitivity import proxy_sensitivity
+from common.ranks import CostMeasure, build_menus, uniform
+from common.search import MenuCosts, Policy, configuration, proxy_sensitivity
 
 RUNTIMES: dict[str, dict[str, Any]] = {
     "torch": {},
@@ -79,13 +76,13 @@ class Network:
             self.compressed, info = load_compressed(config)
             if info["architecture"] != self.name:
                 raise ValueError(f"{config} holds a {info['architecture']}, but {self.name} was asked for")
-            num_classes, self.config = info["num_classes"], config_str(info["config"])
+            num_classes, self.config = info["num_classes"], str(info["config"])
             self.dense = build_model(self.name, num_classes, image_size=image_size, seed=seed).eval()
         else:
             self.dense = build_model(self.name, num_classes, image_size=image_size, seed=seed).eval()
             factors = factorize(self.dense, input_shape=self.input_shape)
             chosen = _configuration(factors, config, FLOPS_KEPT.get(self.name, 0.20))
-            self.compressed, self.config = factors.compress(chosen).eval(), config_str(chosen)
+            self.compressed, self.config = factors.compress(chosen).eval(), str(chosen)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -117,10 +114,10 @@ def _configuration(factors: Any, text: str | None, kept: float) -> dict:
     if text is not None and text.startswith("uniform:"):
         return uniform(factors, float(text.removeprefix("uniform:")))
     if text is not None:
-        return parse_config(text)
-    cost = Cost(flops=1, params=1)
+        return Configuration.parse(text)
+    cost = CostMeasure(flops=1, params=1)
     menus = build_menus(factors, cost=cost)
-    costs, sensitivity = Costs.of(factors, menus, cost), proxy_sensitivity(menus)
+    costs, sensitivity = MenuCosts.of(factors, menus, cost), proxy_sensitivity(menus)
     budget = kept
     while True:
         choice = Policy.solve(sensitivity, costs, max(budget, costs.least)).mode()

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from common.compress import HTLayer, trace_layers
 from common.cost import count_flops
-from common.fold import copy_with
-from common.layers import HTLayer
-from common.trace import trace_layers
+from common.modules import copy_with
 
 STEPS = 12
 """Halvings of the interval in which a peer's one knob is sought."""

@@ -8,8 +8,8 @@ from typing import Any
 
 from tabulate import tabulate
 
-from common import plots
 from common.files import write_text
+from common.reports import plots
 
 SAME_SPEED = 0.02
 """Share of the dense layer's time by which a deployed one may differ and still count as equally fast."""

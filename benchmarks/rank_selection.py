@@ -32,20 +32,29 @@ if __package__ in (None, ""):
 
 from benchmarks.rank_selection_report import write_report
 from common import data
-from common.compress import ModelFactors, config_str, factorize
-from common.evaluation import evaluate
-from common.files import write_text
-from common.finetune import TrainingDiverged, TrainSettings, train
-from common.policy import Costs, Policy, configuration
+from common.compress import ModelFactors, factorize
+from common.configuration import Configuration
+from common.files import exclusive, write_text
+from common.finetune import TrainingDiverged, TrainSettings, baseline, evaluate, teacher_logits, train
 from common.presets import RunSettings
-from common.promotion import teacher_logits
 from common.provenance import provenance
 from common.ranks import RULES, build_menus, meet_budget, worthwhile
-from common.samplers import SAMPLERS, UPDATE_RATE, make_sampler, search_space, within_budget
-from common.screening import CandidateFailed, Screener, Screening
-from common.search import exclusive
-from common.sensitivity import blended_sensitivity, measured_sensitivity, proxy_sensitivity
-from finetuned.finetune_models import baseline
+from common.search import (
+    SAMPLERS,
+    UPDATE_RATE,
+    CandidateFailed,
+    MenuCosts,
+    Policy,
+    Screener,
+    Screening,
+    blended_sensitivity,
+    configuration,
+    make_sampler,
+    measured_sensitivity,
+    proxy_sensitivity,
+    search_space,
+    within_budget,
+)
 
 ABLATIONS: dict[str, dict[str, Any]] = {
     "policy, whole": {},
@@ -70,7 +79,7 @@ class Bench:
         self.images = self.dataset.train.sample(min(options.calibration, len(self.dataset.train)), seed)
         self._factors: dict[str, ModelFactors] = {}
         self.menus = build_menus(self.factors("both"))
-        self.costs = Costs.of(self.factors("both"), self.menus)
+        self.costs = MenuCosts.of(self.factors("both"), self.menus)
         cache = options.out / f"sensitivity-{seed}.json"
         measured = measured_sensitivity(self.factors("both"), self.menus, self.images[:256], cache=cache)
         self.sensitivities = {
@@ -95,7 +104,7 @@ class Bench:
     def settings(self) -> TrainSettings:
         """Fine-tuning as in a run, but no longer than --batches."""
         run = RunSettings(self.options.model, self.options.dataset, self.options.image_size, seed=self.seed)
-        chosen = run.finetuning(len(self.dataset.train))
+        chosen = run.finetune_recipe(len(self.dataset.train))
         return replace(chosen, epochs=1, max_batches_per_epoch=self.options.batches)
 
     def finetuned(self, config: dict) -> dict[str, Any]:
@@ -172,7 +181,7 @@ def rows(bench: Bench, done: Callable[[dict[str, Any]], bool]) -> Iterator[dict[
             searched = time.perf_counter() - started
             yield {
                 **row,
-                "config_str": config_str(config),
+                "config_str": str(Configuration(config)),
                 "evaluations": evaluations,
                 "flops_kept": found.flops / dense.dense_flops,
                 "params_kept": found.params / dense.dense_params,
@@ -186,7 +195,7 @@ def rows(bench: Bench, done: Callable[[dict[str, Any]], bool]) -> Iterator[dict[
             row = {**head, "table": "ablation", "name": name}
             if not done(row):
                 config, accuracy = ablation_choice(bench, budget, **switches)
-                yield {**row, "config_str": config_str(config), "val_screened": accuracy}
+                yield {**row, "config_str": str(Configuration(config)), "val_screened": accuracy}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,8 +12,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 from scipy.stats import spearmanr
 from tabulate import tabulate
 
-from common import plots
 from common.files import write_text
+from common.reports import plots
 
 HYPERVOLUME_BELOW = 0.1
 """How far below the dense network's accuracy the hypervolume starts to count."""

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
+from .modules import evaluating
+
 # One timed sample repeats the call until it lasts about this long, so that the clock's own jitter is far below it.
 MIN_SAMPLE_SECONDS = 5e-3
 
@@ -253,16 +255,3 @@ def _torch_threads(threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put `models` in eval mode; afterwards give every submodule the mode that it had."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, was_training in modes:
-            module.training = was_training

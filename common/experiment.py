@@ -1,41 +1,56 @@
-"""One run from a trained network to deployed compressed ones, as a chain of steps that each run once.
+"""One run from a trained network to deployed compressed ones, as verbs that each do their work once.
 
     experiment = Experiment(preset("quick", "resnet18"))
-    experiment.baseline, experiment.factors, experiment.screened, experiment.finalists, experiment.deployed
+    experiment.prepare_baseline()
+    experiment.factorize()
+    experiment.screen()
+    experiment.finetune()
+    experiment.deploy()
 
-A step does the steps before it if they have not been done. What a killed run has finished lies in its folder and is not
-done again.
+A verb does what comes before it if that has not been done, and hands out the same result when it is called again. What
+a killed run has finished lies in its folder and is not done again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from common import data
-from common.compress import ModelFactors, factorize
-from common.cost import count_flops, count_params, measure_latency
-from common.deploy import Deployed, deploy
-from common.files import write_text
-from common.latency_menus import time_menus
-from common.plots import pareto_front
-from common.presets import RunSettings
-from common.promotion import Finalist, Finetuning, epoch_seconds, finetune_promoted
-from common.provenance import provenance
-from common.ranks import Cost, Menus, build_menus
-from common.runlog import RunLog
-from common.screening import Screener
-from common.search import Search, SearchSettings, exclusive, promote
-from common.search_cost import StepClock, search_seconds
-from common.sensitivity import blended_sensitivity, measured_sensitivity, proxy_sensitivity
-from common.train_settings import recipe
-from finetuned.finetune_models import Baseline, baseline
+from .compress import ModelFactors, factorize
+from .cost import count_flops, count_params, measure_latency
+from .data import Dataset, load
+from .deploy import Deployed, deploy
+from .files import exclusive, write_text
+from .finetune import Baseline, baseline, recipe
+from .presets import RunSettings
+from .provenance import provenance
+from .ranks import CostMeasure, Menus, build_menus, time_menus
+from .reports import RunLog
+from .search import (
+    Finalist,
+    FinetuneSettings,
+    Record,
+    Screener,
+    Search,
+    SearchSettings,
+    StepClock,
+    blended_sensitivity,
+    epoch_seconds,
+    finetune_promoted,
+    measured_sensitivity,
+    promote,
+    proxy_sensitivity,
+    search_seconds,
+)
+
+Result = TypeVar("Result")
 
 MOST_SENSITIVITY_IMAGES = 256
 """Measured sensitivities are averaged over a quarter of the calibration images, but no more than these; there is one
@@ -61,8 +76,20 @@ class DeployedSet:
         return self.seconds["dense"] / self.seconds[name]
 
 
+def step(verb: Callable[[Experiment], Result]) -> Callable[[Experiment], Result]:
+    """A method of `Experiment` that does its work at the first call, and hands out what came of it ever after."""
+
+    @wraps(verb)
+    def once(self: Experiment) -> Result:
+        if verb.__name__ not in self._done:
+            self._done[verb.__name__] = verb(self)
+        return self._done[verb.__name__]
+
+    return once
+
+
 class Experiment:
-    """The steps of one run, as attributes that are computed when first asked for.
+    """The steps of one run.
 
     Args:
         settings: see `RunSettings`.
@@ -73,12 +100,13 @@ class Experiment:
         self.settings, self.progress = settings, progress
         chosen = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
         self.device = torch.device(chosen)
+        self._done: dict[str, Any] = {}
 
-    @cached_property
-    def dataset(self) -> data.Dataset:
+    @step
+    def load_data(self) -> Dataset:
         """The splits, on the device."""
         s = self.settings
-        return data.load(
+        return load(
             s.dataset,
             s.data_root,
             image_size=s.image_size,
@@ -87,18 +115,31 @@ class Experiment:
             train_limit=s.train_limit,
         )
 
-    @cached_property
-    def baseline(self) -> Baseline:
+    @step
+    def prepare_baseline(self) -> Baseline:
         """The trained dense network: loaded, or trained now if there is no checkpoint (it says which)."""
-        s = self.settings
-        train = recipe(s.model, pretrained=s.weights != "none", train_images=len(self.dataset.train))
+        s, dataset = self.settings, self.load_data()
+        train = recipe(s.model, pretrained=s.weights != "none", train_images=len(dataset.train))
         train = replace(train, epochs=s.baseline_epochs, val_images=s.val_images, seed=s.split_seed)
-        return baseline(s.model, self.dataset, train, weights=s.weights, progress=self.progress)
+        return baseline(s.model, dataset, train, weights=s.weights, progress=self.progress)
 
-    @cached_property
-    def log(self) -> RunLog:
+    @step
+    def draw_calibration(self) -> Tensor:
+        """Training images `(N, C, H, W)` for moments, batch norm and biases; never validation or test."""
+        train = self.load_data().train
+        return train.sample(min(self.settings.calibration_images, len(train)), self.settings.seed)
+
+    @step
+    def factorize(self) -> ModelFactors:
+        """The model factorised once, in the metric of what its layers compute."""
+        dense, images = self.prepare_baseline().model, self.draw_calibration()
+        with self._clock.step("factorize"):
+            return factorize(dense, images, layers=self.settings.layers)
+
+    @step
+    def open_log(self) -> RunLog:
         """The text log, opened with the run's provenance and the baseline's line."""
-        s, factors = self.settings, self.factors
+        s, factors = self.settings, self.factorize()
         self._claim_folder()
         log = RunLog(s.log_path)
         facts = provenance(self.device, s.seed)
@@ -106,148 +147,103 @@ class Experiment:
         settings = {name: value for name, value in s.rows() if name not in head and name not in facts}
         log.header({**head, **facts, **settings})
         seconds = measure_latency({"dense": self._deploy_dense().run}, self._example)["dense"]
-        log.baseline(s.model, factors.dense_params, factors.dense_flops, self.baseline.test_accuracy, seconds)
+        accuracy = self.prepare_baseline().test_accuracy
+        log.baseline(s.model, factors.dense_params, factors.dense_flops, accuracy, seconds)
         return log
 
-    @cached_property
-    def calibration(self) -> Tensor:
-        """Training images `(N, C, H, W)` for moments, batch norm and biases; never validation or test."""
-        count = min(self.settings.calibration_images, len(self.dataset.train))
-        return self.dataset.train.sample(count, self.settings.seed)
-
-    @cached_property
-    def factors(self) -> ModelFactors:
-        """The model factorised once, in the metric of what its layers compute."""
-        dense, images = self.baseline.model, self.calibration
-        with self._clock.step("factorize"):
-            return factorize(dense, images, layers=self.settings.layers)
-
-    @cached_property
     def menus(self) -> Menus:
         """Each layer's rank candidates, priced by the run's cost."""
-        return self._priced_menus[0]
+        return self.price_menus()[0]
 
-    @cached_property
-    def _priced_menus(self) -> tuple[Menus, Cost]:
-        s = self.settings
+    @step
+    def price_menus(self) -> tuple[Menus, CostMeasure]:
+        """Each layer's rank candidates, and the measure of cost that they are priced by."""
+        s, factors = self.settings, self.factorize()
         if s.cost != "latency":
-            cost = Cost(flops=s.cost != "params", params=s.cost != "flops")
-            return build_menus(self.factors, cost=cost), cost
-        menus = build_menus(self.factors)
+            cost = CostMeasure(flops=s.cost != "params", params=s.cost != "flops")
+            return build_menus(factors, cost=cost), cost
+        menus = build_menus(factors)
         cache = s.state_folder / "menu-times.json"
-        times = time_menus(
-            self.factors, menus, self._example, runtime=self._runtime, cache=cache, progress=self.progress
-        )
-        return times.priced(self.factors, menus)
+        times = time_menus(factors, menus, self._example, runtime=self._runtime, cache=cache, progress=self.progress)
+        return times.priced(factors, menus)
 
-    @cached_property
-    def sensitivity(self) -> dict[str, tuple[float, ...]]:
+    @step
+    def measure_sensitivity(self) -> dict[str, tuple[float, ...]]:
         """What each menu entry does to the network's output; kept beside the run."""
+        factors, menus, calibration = self.factorize(), self.menus(), self.draw_calibration()
         if self.settings.sensitivity == "proxy":
-            return proxy_sensitivity(self.menus)
-        images = self.calibration[: min(MOST_SENSITIVITY_IMAGES, -(-len(self.calibration) // 4))]
+            return proxy_sensitivity(menus)
+        images = calibration[: min(MOST_SENSITIVITY_IMAGES, -(-len(calibration) // 4))]
         cache = self.settings.state_folder / "sensitivity.json"
-        factors, menus = self.factors, self.menus
         with self._clock.step("sensitivity"):
             measured = measured_sensitivity(factors, menus, images, cache=cache, progress=self.progress)
-        return measured if self.settings.sensitivity == "measured" else blended_sensitivity(self.menus, measured)
+        return measured if self.settings.sensitivity == "measured" else blended_sensitivity(menus, measured)
 
-    @cached_property
-    def screener(self) -> Screener:
-        return Screener(self.factors, self.calibration, self.dataset.val, limit=self.settings.screen_images)
+    @step
+    def make_screener(self) -> Screener:
+        """What compresses a configuration and says what it is worth."""
+        factors, calibration = self.factorize(), self.draw_calibration()
+        return Screener(factors, calibration, self.load_data().val, limit=self.settings.screen_images)
 
-    @cached_property
-    def search(self) -> Search:
+    @step
+    def solve_policies(self) -> Search:
         """The search, with its policies solved and nothing screened yet."""
         s = self.settings
-        settings = SearchSettings(
-            budgets=s.budgets, candidates=s.candidates, sampler=s.sampler, cost=self._priced_menus[1], seed=s.seed
-        )
-        return Search(self.screener, self.menus, self.sensitivity, settings, s.state_folder, self.log)
+        menus, cost = self.price_menus()
+        settings = SearchSettings(budgets=s.budgets, candidates=s.candidates, sampler=s.sampler, cost=cost, seed=s.seed)
+        sensitivity = self.measure_sensitivity()
+        return Search(self.make_screener(), menus, sensitivity, settings, s.state_folder, self.open_log())
 
-    @cached_property
-    def screened(self) -> list[dict[str, Any]]:
+    @step
+    def screen(self) -> list[Record]:
         """The record of every candidate, screened without training."""
-        search = self.search
+        search = self.solve_policies()
         with exclusive(self.settings.state_folder):
             return search.run(progress=self.progress)
 
-    @cached_property
-    def promoted(self) -> list[dict[str, Any]]:
+    def promote(self) -> list[Record]:
         """The best candidates of each budget."""
-        return promote(self.screened, self.settings.promote, self.search.settings.objective)
+        return promote(self.screen(), self.settings.promote, self.solve_policies().settings.objective)
 
-    @cached_property
-    def finalists(self) -> list[Finalist]:
+    @step
+    def finetune(self) -> list[Finalist]:
         """The promoted candidates that fine-tuning brought to its end, evaluated once on test, and the failed ones."""
-        s = self.settings
-        plan = Finetuning(
-            s.finetuning(len(self.dataset.train)), s.model, self.baseline.test_accuracy, tolerance=s.tolerance
-        )
-        promoted = self.promoted
+        s, dataset, promoted, log = self.settings, self.load_data(), self.promote(), self.open_log()
+        training = s.finetune_recipe(len(dataset.train))
+        settings = FinetuneSettings(training, s.model, self.prepare_baseline().test_accuracy, tolerance=s.tolerance)
         with exclusive(s.state_folder):
             finalists = finetune_promoted(
-                promoted, self.screener, self.dataset, plan, s.state_folder, self.log, progress=self.progress
+                promoted, self.make_screener(), dataset, settings, s.state_folder, log, progress=self.progress
             )
-        self.log.header({"search_seconds": self.search_seconds})
+        log.header({"search_seconds": self.search_seconds()})
         return finalists
 
-    @property
     def search_seconds(self) -> dict[str, float]:
-        """What the search has cost so far; see `common.search_cost.search_seconds`."""
+        """What the search has cost so far; see `common.search.clock.search_seconds`."""
         s = self.settings
         return search_seconds(
-            self._clock.seconds(), self.screened, epoch_seconds(s.state_folder), most_epochs=s.finetune_epochs
+            self._clock.seconds(), self.screen(), epoch_seconds(s.state_folder), most_epochs=s.finetune_epochs
         )
 
-    @cached_property
-    def deployed(self) -> DeployedSet:
+    @step
+    def deploy(self) -> DeployedSet:
         """Dense and finalists deployed alike, timed interleaved; each finalist is logged with its time."""
-        finished = [finalist for finalist in self.finalists if finalist.path is not None]
+        finalists = self.finetune()
         models = {"dense": self._deploy_dense()}
-        for finalist in finished:
-            models[finalist.record["trial"]] = self._deploy(finalist.load(str(self.device)))
+        for finalist in finalists:
+            if finalist.path is not None:
+                models[finalist.record["trial"]] = self._deploy(finalist.load(str(self.device)))
         seconds = measure_latency({name: model.run for name, model in models.items()}, self._example)
-        for finalist in self.finalists:
-            self.search.log_once(self._timed(finalist, seconds))
+        for finalist in finalists:
+            self.solve_policies().log_once(self._timed(finalist, seconds))
         return DeployedSet(models, seconds, len(self._example))
-
-    def summary(self) -> list[dict[str, Any]]:
-        """One row per finalist, the dense network first: what it costs, what it is worth, how fast it runs."""
-        factors, times = self.factors, self.deployed
-        rows = [self._row("dense", factors.dense_params, factors.dense_flops, self.baseline.test_accuracy, times)]
-        for finalist in self.finalists:
-            record = finalist.record
-            if finalist.path is None:
-                rows.append({"network": record["trial"], "failed": record["reason"]})
-            else:
-                rows.append(self._row(record["trial"], record["params"], record["flops"], record["accuracy"], times))
-        return rows
-
-    def front(self) -> list[dict[str, Any]]:
-        """The screened candidates that no other beats in FLOPs and validation accuracy."""
-        screened = [record for record in self.screened if record["status"] == "screened"]
-        picked = pareto_front([r["flops"] for r in screened], [r["val_accuracy"] for r in screened])
-        return [screened[i] for i in picked]
-
-    def _row(self, name: str, params: int, flops: int, accuracy: float, times: DeployedSet) -> dict[str, Any]:
-        return {
-            "network": name,
-            "parameters": params,
-            "parameters saved": 1 - params / self.factors.dense_params,
-            "FLOPs": flops,
-            "FLOPs saved": 1 - flops / self.factors.dense_flops,
-            "test accuracy": accuracy,
-            "ms per batch": 1e3 * times.seconds[name],
-            "speed-up": times.speedup(name),
-        }
 
     def _timed(self, finalist: Finalist, seconds: dict[str, float]) -> dict[str, Any]:
         record = {**finalist.record, "baseline_inference_time": seconds["dense"]}
         if finalist.path is None:
             return record
         model = finalist.load()
-        counted = {"params": count_params(model), "flops": count_flops(model, self.dataset.example_shape)}
+        counted = {"params": count_params(model), "flops": count_flops(model, self.load_data().example_shape)}
         if counted != {key: record[key] for key in counted}:
             raise AssertionError(f"candidate {record['trial']}: counted {counted}, the formulas say {record}")
         return {**record, "inference_time": seconds[record["trial"]], "latency_batch": len(self._example)}
@@ -256,9 +252,9 @@ class Experiment:
     def _clock(self) -> StepClock:
         return StepClock(self.settings.state_folder / "seconds.json")
 
-    @cached_property
+    @property
     def _example(self) -> Tensor:
-        return self.calibration[: self.settings.latency_batch]
+        return self.draw_calibration()[: self.settings.latency_batch]
 
     @property
     def _runtime(self) -> str:
@@ -268,7 +264,7 @@ class Experiment:
         return deploy(model, self._example, runtime=self._runtime)
 
     def _deploy_dense(self) -> Deployed:
-        return self._deploy(self.baseline.model)
+        return self._deploy(self.prepare_baseline().model)
 
     def _claim_folder(self) -> None:
         """Refuse a folder that was begun with another baseline or other settings: its candidates would not compare.
@@ -278,7 +274,7 @@ class Experiment:
         """
         grows = ("candidates", "promote", "tolerance", "latency_batch", "runtime", "folder", "data_root", "device")
         own = {name: value for name, value in self.settings.rows() if name not in grows}
-        own["baseline"] = _weights_digest(self.baseline.model)
+        own["baseline"] = _weights_digest(self.prepare_baseline().model)
         own = json.loads(json.dumps(own))
         path = self.settings.state_folder / "settings.json"
         if not path.exists():

@@ -1,4 +1,4 @@
-"""Atomic writes: a reader, or the next run, never meets half a file."""
+"""Files that are whole, and folders that one process has to itself."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import filelock
 
 
 @contextmanager
@@ -34,3 +36,26 @@ def write_text(path: str | Path, text: str) -> None:
     """Write `text` (UTF-8, line ends as given) to `path` in one step."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
+
+
+class SearchBusy(RuntimeError):
+    """Another process is working in the same folder."""
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold a folder for one process; the hold ends with the process, however it ends.
+
+    Raises:
+        SearchBusy: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise SearchBusy(f"another process is searching in {folder}: wait for it, or use another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from common.models import canonical_name
-from common.train_settings import UNNORMALISED, TrainSettings, recipe
+from .finetune import UNNORMALISED, TrainSettings, recipe
+from .models import canonical_name
 
 PRESETS = ("quick", "cpu", "full")
 """quick: scikit-learn's digits, minutes on a laptop · cpu: MNIST, about an hour on two cores ·
@@ -116,7 +116,7 @@ class RunSettings:
     def state_folder(self) -> Path:
         return Path(self.folder) / self.name
 
-    def finetuning(self, train_images: int) -> TrainSettings:
+    def finetune_recipe(self, train_images: int) -> TrainSettings:
         """How candidates are fine-tuned: the baseline's recipe, gentler, with distillation and without augmentation.
 
         The teacher's outputs are computed once, for the images as they are: they are no target for shifted ones.

@@ -7,10 +7,8 @@ from torch import nn
 from common.compress import factorize
 from common.data import load
 from common.finetune import TrainSettings, train
-from common.policy import Costs
 from common.ranks import build_menus
-from common.screening import Screener
-from common.sensitivity import measured_sensitivity
+from common.search import MenuCosts, Screener, measured_sensitivity
 
 torch.set_num_threads(1)
 
@@ -74,7 +72,7 @@ def sensitivity(factors, menus, calibration):
 
 @pytest.fixture(scope="session")
 def costs(factors, menus):
-    return Costs.of(factors, menus)
+    return MenuCosts.of(factors, menus)
 
 
 @pytest.fixture(scope="session")

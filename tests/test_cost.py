@@ -1,4 +1,4 @@
-"""Costs: counts against hand computation and published figures, and the fairness of the timer."""
+"""MenuCosts: counts against hand computation and published figures, and the fairness of the timer."""
 
 import time
 
@@ -13,11 +13,11 @@ from common.cost import (
     count_flops,
     count_flops_by_layer,
     count_params,
-    evaluating,
     latency_samples,
     measure_latency,
     summarise,
 )
+from common.modules import evaluating
 
 # (layer, input (C, H, W), multiply-accumulates): output pixels x output channels x input channels per group x kernel
 CONV_CASES = {

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from common.experiment import Experiment
+from common.notebook import summary
 from common.presets import preset
-from common.runlog import read_log
+from common.reports import read_log
 
 TINY = {
     "train_limit": 200,
@@ -29,7 +30,7 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # where baseline, log and state go
         experiment = tiny()
-        rows = experiment.summary()
+        rows = summary(experiment)
         yield experiment, rows, folder
 
 
@@ -41,7 +42,7 @@ def test_a_run_ends_in_rows_that_its_log_repeats(finished):
     tuned = [record for record in log.candidates if record["status"] == "fine-tuned"]
     assert [record["trial"] for record in tuned] == [row["network"] for row in rows[1:]]
     for record, row in zip(tuned, rows[1:], strict=True):
-        assert record["flops"] <= 0.3 * experiment.factors.dense_flops
+        assert record["flops"] <= 0.3 * experiment.factorize().dense_flops
         assert record["baseline_inference_time"] / record["inference_time"] == pytest.approx(row["speed-up"])
 
 
@@ -58,21 +59,23 @@ def test_the_log_says_what_the_search_cost(finished):
 def test_a_second_process_does_nothing_again(finished, monkeypatch):
     first, _rows, _ = finished
     second = tiny()
-    monkeypatch.setattr(second.screener, "screen", None)
-    monkeypatch.setattr("common.promotion.train", None)
-    assert second.screened == first.screened
-    assert [one.record for one in second.finalists] == [one.record for one in first.finalists]
+    monkeypatch.setattr(second.make_screener(), "screen", None)
+    monkeypatch.setattr("common.search.promotion.train", None)
+    assert second.screen() == first.screen()
+    assert [one.record for one in second.finetune()] == [one.record for one in first.finetune()]
 
 
 def test_seeds_share_the_split_that_their_baseline_was_trained_on(finished):
     first, _, _folder = finished
     other = tiny(seed=1)
-    assert torch.equal(other.dataset.val.labels, first.dataset.val.labels)
-    assert torch.equal(next(iter(other.dataset.val.batches(8))).images, next(iter(first.dataset.val.batches(8))).images)
-    assert not other.baseline.trained_now
-    assert not torch.equal(other.calibration, first.calibration)
+    assert torch.equal(other.load_data().val.labels, first.load_data().val.labels)
+    assert torch.equal(
+        next(iter(other.load_data().val.batches(8))).images, next(iter(first.load_data().val.batches(8))).images
+    )
+    assert not other.prepare_baseline().trained_now
+    assert not torch.equal(other.draw_calibration(), first.draw_calibration())
 
 
 def test_another_experiment_does_not_get_the_folder(finished):
     with pytest.raises(ValueError, match="was begun with another"):
-        tiny(calibration_images=65).log  # noqa: B018
+        tiny(calibration_images=65).open_log()

@@ -11,7 +11,7 @@ def test_every_preset_suits_every_network(name, model):
     settings = preset(name, model)
     assert settings.preset == name
     assert settings.finetune_epochs <= 3
-    assert settings.finetuning(train_images=10_000).epochs == settings.finetune_epochs
+    assert settings.finetune_recipe(train_images=10_000).epochs == settings.finetune_epochs
     assert settings.image_size >= (64 if settings.model == "alexnet" else 32)
 
 

@@ -1,0 +1,23 @@
+"""The method: a network factorised once, compressed for any rank configuration."""
+
+from .factors import KernelFactors, MatrixFactors
+from .htucker import DimensionTree, HTucker, hsvd
+from .layers import Geometry, HTLayer
+from .network import ModelFactors, factorize
+from .recalibration import calibrated_outputs, recalibrate
+from .trace import trace_layers
+
+__all__ = [
+    "DimensionTree",
+    "Geometry",
+    "HTLayer",
+    "HTucker",
+    "KernelFactors",
+    "MatrixFactors",
+    "ModelFactors",
+    "calibrated_outputs",
+    "factorize",
+    "hsvd",
+    "recalibrate",
+    "trace_layers",
+]

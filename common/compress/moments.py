@@ -1,0 +1,175 @@
+"""Second moments of what each layer reads and writes, gathered in one pass over calibration images.
+
+They turn "approximate the weights" into "approximate what the layer computes": the input moment says which directions
+of the input occur at all, the output covariance which directions of the output carry the signal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..modules import hooked
+from .trace import LayerTrace
+
+
+@dataclass(frozen=True)
+class LayerMoments:
+    """Moments of one layer over images and positions, in float64.
+
+    Attributes:
+        window: covariance of the input along each mode of the layer's window, averaged over the other two: of the
+            channels ``(C_in, C_in)``, of the rows ``(k_h, k_h)`` and of the columns ``(k_w, k_w)``, the latter two with
+            unit mean variance. None for matrix layers, whose output covariance says all that matters.
+        output_mean: ``E[y]: (C_out,)``.
+        output_covariance: ``E[(y - E[y]) (y - E[y])^T]: (C_out, C_out)``.
+    """
+
+    window: tuple[Tensor, Tensor, Tensor] | None
+    output_mean: Tensor
+    output_covariance: Tensor
+
+
+class _Accumulator:
+    """Running moments of the rows of ``(rows, channels)`` matrices.
+
+    Summed about the first batch's mean: the covariance of outputs that hardly vary around a large mean would otherwise
+    be the difference of two large numbers, and come out as rounding noise.
+    """
+
+    def __init__(self) -> None:
+        self.count, self.origin, self.total, self.square = 0, 0.0, 0.0, 0.0
+
+    def add(self, rows: Tensor) -> None:
+        if not self.count:
+            self.origin = rows.mean(0)
+        rows = rows - self.origin
+        self.count += len(rows)
+        self.total = self.total + rows.sum(0).double()
+        self.square = self.square + (rows.T @ rows).double()
+
+    @property
+    def mean(self) -> Tensor:
+        return self.origin.double() + self.total / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        shift = self.total / self.count
+        return self.square / self.count - torch.outer(shift, shift)
+
+
+class _WindowAccumulator:
+    """Running covariance of a kernel's input along the modes of its window: channels, rows, columns."""
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, trace: LayerTrace) -> None:
+        self._unflatten = trace.unflatten
+        self._size = trace.unflatten[1:] if trace.unflatten else layer.kernel_size
+        self._dilation = (1, 1) if trace.unflatten else layer.dilation
+        self._channels = _Accumulator()
+        self._products = [torch.zeros(size, size, dtype=torch.float64) for size in self._size]
+        # Map shape -> images, and their sum: a shared layer may meet maps of several sizes.
+        self._maps: dict[torch.Size, tuple[int, Tensor]] = {}
+
+    def add(self, features: Tensor) -> None:
+        features = features if self._unflatten is None else features.reshape(-1, *self._unflatten)
+        self._channels.add(channels_last_rows(features))
+        centred = features - self._channels.origin.reshape(-1, 1, 1)
+        for axis in (0, 1):
+            self._products[axis] += self._along(centred, axis)
+        count, total = self._maps.get(features.shape[1:], (0, 0.0))
+        self._maps[features.shape[1:]] = count + len(features), total + centred.sum(0).double()
+
+    def _along(self, features: Tensor, axis: int) -> Tensor:
+        """Summed products of positions that a window sees together, ``features: (..., H, W)``: (size, size)."""
+        features = features.movedim(axis - 2, -1)
+        size, step = self._size[axis], self._dilation[axis]
+        if self._unflatten is not None:
+            rows = features.reshape(-1, size)
+            return (rows.T @ rows).double().cpu()
+        length = features.shape[-1]
+        # Summed over fewer positions the larger the lag: a biased estimate of a stationary covariance, but one that is
+        # positive semidefinite, and right about zero padding, which takes part in the windows at the border.
+        lags = [
+            (features[..., : length - lag * step] * features[..., lag * step :]).sum().double()
+            if lag * step < length
+            else features.new_zeros((), dtype=torch.float64)
+            for lag in range(size)
+        ]
+        distance = (torch.arange(size)[:, None] - torch.arange(size)).abs()
+        return torch.stack(lags).cpu()[distance]
+
+    @property
+    def covariances(self) -> tuple[Tensor, Tensor, Tensor]:
+        channels = self._channels.covariance
+        rows, columns = (_unit_mean_variance(self._recentred(axis)).to(channels.device) for axis in (0, 1))
+        return channels, rows, columns
+
+    def _recentred(self, axis: int) -> Tensor:
+        """The products about the mean over all images, where they were summed about the first batch's."""
+        shift = (self._channels.total / self._channels.count).reshape(-1, 1, 1)
+        products = self._products[axis]
+        for count, total in self._maps.values():
+            mean = total / count
+            products = products + count * (self._along(mean - shift, axis) - self._along(mean, axis))
+        return products
+
+
+def _unit_mean_variance(products: Tensor) -> Tensor:
+    mean = products.diagonal().mean()
+    return products / mean if mean > 0 else torch.eye(len(products), dtype=products.dtype)
+
+
+def channels_last_rows(features: Tensor, axis: int = 1) -> Tensor:
+    """(N, C, H, W) -> (N H W, C), or (N, ..., C) -> (N ..., C) with the channels' ``axis`` -1; (N, C) stays."""
+    return features.movedim(axis, -1).flatten(0, -2)
+
+
+def gather_moments(
+    model: nn.Module,
+    images: Tensor | Iterable[Tensor],
+    traces: Mapping[str, LayerTrace],
+    *,
+    kernels: Iterable[str],
+    batch_size: int = 128,
+) -> dict[str, LayerMoments]:
+    """One pass of ``images: (N, C, H, W)`` (or batches of such) through the model in eval mode.
+
+    Args:
+        traces: the layers to observe.
+        kernels: those of them whose input's covariances are wanted.
+
+    Returns:
+        layer name -> moments. The model stays as it was.
+
+    Raises:
+        ValueError: if there are no images, or an activation is NaN or infinite (naming the layer).
+    """
+    kernels = set(kernels)
+    inputs = {name: _WindowAccumulator(model.get_submodule(name), traces[name]) for name in traces if name in kernels}
+    outputs = {name: _Accumulator() for name in traces}
+
+    def observe(name: str):
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            if name in inputs:
+                inputs[name].add(arguments[0])
+            outputs[name].add(channels_last_rows(output, -1 if isinstance(module, nn.Linear) else 1))
+
+        return hook
+
+    seen = 0
+    with hooked(model, {name: observe(name) for name in traces}):
+        for batch in images.split(batch_size) if isinstance(images, Tensor) else images:
+            model(batch)
+            seen += len(batch)
+    if not seen:
+        raise ValueError("no calibration images were given")
+    for name, accumulator in outputs.items():
+        if not torch.isfinite(accumulator.square).all():
+            raise ValueError(f"layer {name}: the calibration pass met NaN or infinite activations")
+    return {
+        name: LayerMoments(inputs[name].covariances if name in inputs else None, output.mean, output.covariance)
+        for name, output in outputs.items()
+    }

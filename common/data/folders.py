@@ -1,0 +1,130 @@
+"""Image folders: PATH/train/<class>/* and PATH/test/<class>/*, in memory where they fit, else from disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .splits import ImageFormat, Split
+
+MEMORY_LIMIT = 2 * 2**30
+"""Bytes of decoded images above which a split stays on disk."""
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """Image files of one split, not read yet. labels: (N,) int64, one per file."""
+
+    files: tuple[Path, ...]
+    labels: np.ndarray
+    memory_limit: int
+
+    def rows(self, rows: np.ndarray) -> FolderSource:
+        """Pick rows, in the order given."""
+        return FolderSource(tuple(self.files[row] for row in rows), self.labels[rows], self.memory_limit)
+
+    def open(self, image_format: ImageFormat, device: torch.device) -> Split:
+        """Decode the images to the device, or leave them on disk when they take more than the memory limit."""
+        labels = torch.from_numpy(self.labels).to(device)
+        decoder = _Decoder(self.files, image_format)
+        if len(self.files) * image_format.channels * image_format.image_size**2 > self.memory_limit:
+            return StreamedSplit(decoder, labels, image_format)
+        with ThreadPoolExecutor() as pool:
+            images = torch.stack(list(pool.map(decoder.__getitem__, range(len(decoder)))))
+        return Split(images.to(device), labels, image_format)
+
+
+class StreamedSplit(Split):
+    """A split that stays on disk: same order, same batches as one in memory, decoded by worker processes."""
+
+    def __init__(self, decoder: _Decoder, labels: Tensor, image_format: ImageFormat):
+        super().__init__(torch.empty(0, dtype=torch.uint8), labels, image_format)
+        self._decoder = decoder
+
+    def _raw_batches(self, chunks: list[Tensor]) -> Iterator[Tensor]:
+        loader = DataLoader(
+            self._decoder,
+            batch_sampler=[chunk.tolist() for chunk in chunks],
+            num_workers=_workers(sum(len(chunk) for chunk in chunks)),
+            pin_memory=self.device.type == "cuda",
+            generator=_own_generator(),
+        )
+        for images in loader:
+            yield images.to(self.device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class _Decoder(torch.utils.data.Dataset):
+    """Row -> (C, S, S) uint8: the middle square of the image, scaled so that its shorter side is S."""
+
+    files: tuple[Path, ...]
+    image_format: ImageFormat
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, row: int) -> Tensor:
+        size, mode = self.image_format.image_size, "L" if self.image_format.channels == 1 else "RGB"
+        try:
+            with Image.open(self.files[row]) as image:
+                fitted = ImageOps.fit(image.convert(mode), (size, size), Image.Resampling.BILINEAR)
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"{self.files[row]} is not a readable image: {error}") from None
+        pixels = torch.from_numpy(np.array(fitted))
+        return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
+
+
+def read_folder(path: Path, memory_limit: int) -> tuple[tuple[str, ...], FolderSource, FolderSource]:
+    """List the images below PATH/train and PATH/test; the folders of train name the classes.
+
+    Raises:
+        ValueError: a folder is missing or empty, or train and test have different classes.
+    """
+    train_classes, test_classes = _class_names(path / "train"), _class_names(path / "test")
+    if train_classes != test_classes:
+        odd = ", ".join(sorted(set(train_classes) ^ set(test_classes)))
+        raise ValueError(f"{path}: train and test need the same class folders; only one of them has {odd}")
+    train, test = (_list_files(path / part, train_classes, memory_limit) for part in ("train", "test"))
+    return train_classes, train, test
+
+
+def _class_names(folder: Path) -> tuple[str, ...]:
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder: an image folder holds train/<class>/* and test/<class>/*")
+    names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
+    if not names:
+        raise ValueError(f"{folder} is empty: it needs one folder of images per class")
+    return names
+
+
+def _list_files(folder: Path, classes: tuple[str, ...], memory_limit: int) -> FolderSource:
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        found = sorted(file for file in (folder / name).rglob("*") if file.suffix.lower() in SUFFIXES)
+        if not found:
+            raise ValueError(f"{folder / name} has no image ({', '.join(SUFFIXES)})")
+        files += found
+        labels += [label] * len(found)
+    return FolderSource(tuple(files), np.asarray(labels, dtype=np.int64), memory_limit)
+
+
+def _workers(count: int) -> int:
+    """Processes that decode: none for a handful of images, where starting them takes longer than the work."""
+    return 0 if count < 256 else min(8, os.cpu_count() or 1)
+
+
+def _own_generator() -> torch.Generator:
+    """A generator for DataLoader, which would otherwise draw from torch's global one and so change later draws."""
+    return torch.Generator().manual_seed(0)

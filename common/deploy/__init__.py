@@ -1,0 +1,21 @@
+"""A network made fast where it runs."""
+
+from .fold import fold_batch_norm
+from .network import Deployed, deploy
+from .onnx_export import export_onnx, onnx_session
+from .plans import Measure, choose_plan, median_and_error, plain_layer, timer
+from .runtimes import Target
+
+__all__ = [
+    "Deployed",
+    "Measure",
+    "Target",
+    "choose_plan",
+    "deploy",
+    "export_onnx",
+    "fold_batch_norm",
+    "median_and_error",
+    "onnx_session",
+    "plain_layer",
+    "timer",
+]

@@ -1,0 +1,225 @@
+"""Make a network fast where it will run: fold, choose each layer's execution plan by measurement, compile, export.
+
+A dense network goes through the same function as a compressed one, so that a comparison of the two is one of networks
+and not of how much care each was given.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from ..cost import latency_samples, measure_latency
+from ..modules import copy_with, evaluating
+from .fold import fold_batch_norm
+from .onnx_export import export_onnx, onnx_session
+from .plans import LayerChoice, Measure, choose_plans, plain_layer, timer
+from .runtimes import Run, Target
+
+__all__ = ["Deployed", "deploy", "export_onnx", "onnx_session"]
+
+MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+
+WRONG_FROM = 1e-2
+"""Outputs that differ by more than this, relative to the largest, are not rounding (TF32 included) but a mistake."""
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """A network ready to run, and what was chosen on the way. Calling it runs it.
+
+    Attributes:
+        model: plain torch modules: batch norm folded, layers in their chosen plans, in eval mode. What `export_onnx`
+            and `save_compressed` take. Shares no tensor with the network that was deployed.
+        run: images -> outputs in the chosen runtime: the model itself, compiled, a CUDA graph, or in onnxruntime.
+        layers: name of each factorised layer -> the choice made for it.
+        folded: name of a layer -> the batch norm folded into it.
+        batch_size, runtime, device, threads, memory_format: what the times belong to.
+        reference_seconds: median PER BATCH with every layer in the plan that it came in, run as the plans were
+            measured (never compiled); None unless plans were measured.
+        measured_seconds: median PER BATCH of `run`, interleaved with the reference.
+    """
+
+    model: nn.Module = field(repr=False)
+    run: Run = field(repr=False)
+    layers: Mapping[str, LayerChoice]
+    folded: Mapping[str, str]
+    batch_size: int
+    runtime: str
+    device: str
+    threads: int
+    memory_format: str
+    reference_seconds: float | None
+    measured_seconds: float
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.run(images)
+
+    @property
+    def plans(self) -> dict[str, str]:
+        """Name of each factorised layer -> its chosen plan."""
+        return {name: choice.plan for name, choice in self.layers.items()}
+
+    @property
+    def rest_seconds(self) -> float | None:
+        """PER BATCH, of all but the factorised layers: the reference less its layers. None without measured plans."""
+        if self.reference_seconds is None:
+            return None
+        return self.reference_seconds - sum(choice.seconds_before for choice in self.layers.values())
+
+    @property
+    def predicted_seconds(self) -> float | None:
+        """PER BATCH: the chosen plans' times and the rest. A forecast: a layer timed alone finds its input in cache."""
+        if self.rest_seconds is None:
+            return None
+        return self.rest_seconds + sum(choice.seconds for choice in self.layers.values())
+
+    def report(self) -> str:
+        """Every layer with its plans' costs and what was chosen, and the totals, as text."""
+        lines = [
+            f"{self.runtime} on {self.device}, {self.threads} threads, batch {self.batch_size}, {self.memory_format}; "
+            f"batch norms folded: {len(self.folded)}"
+        ]
+        if self.layers:
+            measured = self.reference_seconds is not None
+            lines.append(_layer_table(self.layers))
+            lines.append(
+                "Each layer alone, milliseconds per batch; * is the plan chosen"
+                if measured
+                else "MFLOPs (multiply-accumulates) of one image; * is the plan chosen"
+            )
+            if measured:
+                lines.append(
+                    f"predicted: {_ms(self.predicted_seconds)} per batch, of which the factorised layers take "
+                    f"{_ms(self.predicted_seconds - self.rest_seconds)}; "
+                    f"with the plans that they came in: {_ms(self.reference_seconds)}"
+                )
+        lines.append(f"measured: {_ms(self.measured_seconds)} per batch")
+        return "\n".join(lines)
+
+
+def deploy(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    runtime: str = "torch",
+    plans: str = "measure",
+    compile: bool = False,
+    cuda_graph: bool = False,
+    memory_format: str | None = None,
+    dtype: torch.dtype | None = None,
+    threads: int | None = None,
+    rounds: int = 10,
+    measure: Measure | None = None,
+) -> Deployed:
+    """Make a new model of the same function, as fast as it gets at this batch size on the example's device.
+
+    Args:
+        model: dense or compressed; it and its training flags stay as they are.
+        example: ``(N, C, H, W)`` images of the batch size to deploy for, on the device to deploy to.
+        runtime: "torch", or "onnxruntime" (CPU).
+        plans: how each factorised layer's execution plan is chosen: "measure" takes the fastest in the runtime, "flops"
+            the one of fewest FLOPs, "keep" the one that it is in.
+        compile: torch.compile the result. Plans are measured without, compiling each would take minutes.
+        cuda_graph: record the result as a CUDA graph, which takes this batch size alone; plans are measured so too.
+        memory_format: of torch's feature maps: "channels_last" (the default), "contiguous", or "measure": the faster.
+        dtype: floating type to run in, such as torch.bfloat16, and of the images then; None keeps the model's.
+        threads: CPU threads while measuring, and of onnxruntime; None: as many as torch uses in this process.
+        rounds: timed rounds of each plan, and of the whole.
+        measure: takes the place of the timing of a layer's plans.
+
+    Raises:
+        ValueError: an unknown option, options that exclude one another, a device that cannot do what is asked, or a
+            network that torch.compile or the ONNX export cannot take.
+    """
+    target = Target(runtime, compile, cuda_graph, threads or torch.get_num_threads())
+    like = next(model.parameters(), example)
+    folded, pairs = fold_batch_norm(model, example.to(like))
+    with evaluating(model), torch.inference_mode():
+        expected = model(example.to(like))
+
+    example = example.to(dtype or like.dtype)
+    target.check(example)
+    folded = folded.to(example).requires_grad_(False)
+    format_name = _memory_format(memory_format, target, folded, example, rounds)
+    layout = MEMORY_FORMATS[format_name]
+    folded = folded.to(memory_format=layout)
+
+    measure = measure or timer(
+        lambda layer, inputs: target.layer_run(layer.to(memory_format=layout), inputs), rounds=rounds, threads=threads
+    )
+    choices = choose_plans(folded, example, plans, measure, layout)
+    plain = {folded.get_submodule(name): plain_layer(folded.get_submodule(name), c.plan) for name, c in choices.items()}
+    final = copy_with(folded, plain).to(memory_format=layout).requires_grad_(False)
+
+    runs = {"deployed": target.run(final, example)}
+    _check_outputs(expected, runs["deployed"](example))
+    if plans == "measure" and choices:
+        runs["reference"] = target.uncompiled_run(folded, example)
+    samples = latency_samples(runs, example, rounds=rounds, threads=threads)
+    seconds = {name: statistics.median(values) for name, values in samples.items()}
+    return Deployed(
+        model=final,
+        run=runs["deployed"],
+        layers=choices,
+        folded=pairs,
+        batch_size=len(example),
+        runtime=str(target),
+        device=str(example.device),
+        threads=target.threads,
+        memory_format=format_name,
+        reference_seconds=seconds.get("reference"),
+        measured_seconds=seconds["deployed"],
+    )
+
+
+def _memory_format(asked: str | None, target: Target, model: nn.Module, example: Tensor, rounds: int) -> str:
+    """The name in MEMORY_FORMATS of what was asked for, measured on the whole network where that was asked for."""
+    if asked not in (None, "measure", *MEMORY_FORMATS):
+        raise ValueError(f"memory_format must be one of {', '.join(MEMORY_FORMATS)}, measure; got {asked!r}")
+    if target.runtime == "onnxruntime":
+        if asked not in (None, "contiguous"):
+            raise ValueError(f"onnxruntime lays out feature maps by itself: leave memory_format out; got {asked!r}")
+        return "contiguous"
+    if asked != "measure":
+        return asked or "channels_last"
+    copies = {name: copy.deepcopy(model).to(memory_format=layout) for name, layout in MEMORY_FORMATS.items()}
+    runs = {name: target.uncompiled_run(module, example) for name, module in copies.items()}
+    seconds = measure_latency(runs, example, rounds=rounds, threads=target.threads)
+    return min(seconds, key=seconds.__getitem__)
+
+
+def _check_outputs(expected: Tensor, found: Tensor) -> None:
+    error = float((found.to(expected) - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    if not error <= WRONG_FROM:
+        raise ValueError(
+            f"the deployed network's outputs differ from the given one's by {error:.1e} relative: it may choose its "
+            "way by the data, or put out NaN; deploy networks of a fixed graph and finite outputs"
+        )
+
+
+def _layer_table(layers: Mapping[str, LayerChoice]) -> str:
+    plans = list(dict.fromkeys(plan for choice in layers.values() for plan in choice.timings))
+
+    def cell(choice: LayerChoice, plan: str) -> str:
+        timing = choice.timings.get(plan)
+        if timing is None:
+            return ""
+        cost = f"{timing.flops / 1e6:.4g}" if timing.seconds is None else f"{1e3 * timing.seconds:.3g}"
+        return cost + (" *" if plan == choice.plan else "")
+
+    rows = [
+        [name, " x ".join(map(str, choice.input_shape)), *(cell(choice, plan) for plan in plans)]
+        for name, choice in layers.items()
+    ]
+    return tabulate(rows, headers=["layer", "input", *plans], tablefmt="simple", disable_numparse=True)
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms"

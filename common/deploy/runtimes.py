@@ -1,0 +1,147 @@
+"""Ways to run a torch module on a given input: as it is, compiled, as a CUDA graph, or in onnxruntime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .onnx_export import onnx_bytes, onnx_layer, onnx_session
+
+RUNTIMES = ("torch", "onnxruntime")
+
+Run = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a network will be run by.
+
+    Attributes:
+        runtime: one of RUNTIMES.
+        compile: compile the whole network with torch.compile.
+        cuda_graph: record it as a CUDA graph.
+        threads: CPU threads of onnxruntime; torch's are the process's.
+
+    Raises:
+        ValueError: an unknown runtime, or options that exclude one another.
+    """
+
+    runtime: str
+    compile: bool
+    cuda_graph: bool
+    threads: int
+
+    def __post_init__(self) -> None:
+        if self.runtime not in RUNTIMES:
+            raise ValueError(f"runtime must be one of {', '.join(RUNTIMES)}; got {self.runtime!r}")
+        if self.threads < 1:
+            raise ValueError(f"threads must be at least 1; got {self.threads}")
+        if self.runtime == "onnxruntime" and (self.compile or self.cuda_graph):
+            raise ValueError("compile and cuda_graph are for the runtime 'torch'; got runtime='onnxruntime'")
+
+    def check(self, example: Tensor) -> None:
+        """Raise ValueError unless inputs like this one, on its device and of its type, can be run."""
+        if self.cuda_graph:
+            check_cuda(example.device)
+        if self.runtime == "onnxruntime" and (example.device.type != "cpu" or example.dtype != torch.float32):
+            raise ValueError(
+                "the runtime 'onnxruntime' is for float32 on the CPU, export_onnx makes files for others; "
+                f"got {example.dtype} on {example.device}"
+            )
+
+    def layer_run(self, layer: nn.Module, inputs: Tensor) -> Run:
+        """A plain layer, to be timed alone: never compiled."""
+        if self.runtime == "onnxruntime":
+            return onnx_session(onnx_layer(layer, inputs.shape[1:]), self.threads)
+        return self._torch_run(layer, inputs)
+
+    def uncompiled_run(self, model: nn.Module, example: Tensor) -> Run:
+        """A whole network, run as layers are timed."""
+        if self.runtime == "onnxruntime":
+            return onnx_session(onnx_bytes(model, example), self.threads)
+        return self._torch_run(model, example)
+
+    def run(self, model: nn.Module, example: Tensor) -> Run:
+        """A whole network, run as it is deployed."""
+        if self.compile:
+            return compiled(model, example, cuda_graph=self.cuda_graph)
+        return self.uncompiled_run(model, example)
+
+    def _torch_run(self, module: nn.Module, inputs: Tensor) -> Run:
+        return cuda_graph(module, inputs) if self.cuda_graph else eager(module)
+
+    def __str__(self) -> str:
+        options = {"compiled": self.compile, "CUDA graph": self.cuda_graph}
+        return ", ".join([self.runtime, *(name for name, on in options.items() if on)])
+
+
+def eager(module: nn.Module) -> Run:
+    """The module itself, in inference mode."""
+
+    def run(images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return module(images)
+
+    return run
+
+
+def compiled(module: nn.Module, example: Tensor, *, cuda_graph: bool = False) -> Run:
+    """The module compiled for the example's shape, weights frozen in; other shapes are compiled when they come.
+
+    cuda_graph: let the compiler record CUDA graphs.
+
+    Raises:
+        ValueError: the compiler fails, most often because there is no C++ compiler (CPU) or no Triton (GPU).
+    """
+    options = {"freezing": True, "triton.cudagraphs": cuda_graph}
+    run = eager(torch.compile(module, options=options))
+    try:
+        run(example)
+    except Exception as error:  # dynamo, inductor and the compilers behind them share no base class
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"torch.compile failed ({type(error).__name__}: {reason}); it needs a C++ compiler on a CPU and Triton on "
+            "a GPU: install one, or deploy with compile=False"
+        ) from error
+    return run
+
+
+def cuda_graph(module: nn.Module, example: Tensor) -> Run:
+    """The module recorded once as a CUDA graph and replayed: no launch overhead, one input shape.
+
+    Raises:
+        ValueError: the example is not on a CUDA device; when called, an input of another shape or type.
+    """
+    check_cuda(example.device)
+    run_once = eager(module)
+    inputs = example.clone()
+    side = torch.cuda.Stream(example.device)
+    side.wait_stream(torch.cuda.current_stream(example.device))
+    with torch.cuda.device(example.device), torch.cuda.stream(side):
+        for _ in range(3):  # lazy initialisation must not be recorded
+            run_once(inputs)
+    torch.cuda.current_stream(example.device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(example.device), torch.cuda.graph(graph):
+        outputs = run_once(inputs)
+
+    def run(images: Tensor) -> Tensor:
+        if images.shape != inputs.shape or images.dtype != inputs.dtype:
+            raise ValueError(
+                f"this CUDA graph was recorded for {tuple(inputs.shape)} {inputs.dtype}; "
+                f"got {tuple(images.shape)} {images.dtype}"
+            )
+        inputs.copy_(images)
+        graph.replay()
+        return outputs.clone()  # the next call overwrites what this one returns
+
+    return run
+
+
+def check_cuda(device: torch.device) -> None:
+    """Raise ValueError unless the device can record CUDA graphs."""
+    if device.type != "cuda":
+        raise ValueError(f"CUDA graphs need a CUDA device; the example is on {device}: use cuda_graph=False")

@@ -1,0 +1,227 @@
+"""Describe modules as plain data that JSON can hold, and build them again, empty, from such data alone.
+
+Knows the modules that compressing and deploying put into a network: factorised layers, and torch's own convolution,
+linear layer, identity, flatten, unflatten and sequences of them. Data from a file is checked before anything is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..compress import Geometry, HTLayer
+
+LARGEST = 2**24
+"""Upper limit of every size in a description; a layer of a CNN stays far below it."""
+
+LONGEST = 8
+"""Most modules in a sequence: four stages, and what goes between them."""
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+Spec = dict[str, Any]
+
+
+def differences(model: nn.Module, skeleton: nn.Module, name: str = "") -> dict[str, Spec]:
+    """Dotted name -> description of every module of ``model`` that is not as in ``skeleton``; both stay as they are.
+
+    Raises:
+        ValueError: a module that is neither as in the skeleton nor of a kind that can be described, or one whose
+            settings differ.
+    """
+    children, expected = dict(model.named_children()), dict(skeleton.named_children())
+    alike = type(model) is type(skeleton) and model.extra_repr() == skeleton.extra_repr()
+    if not alike or list(children) != list(expected):
+        return {name: describe(model, name)}
+    for setting, value in _settings(skeleton).items():
+        if _settings(model).get(setting) != value:
+            found = _settings(model).get(setting)
+            raise ValueError(f"{_place(name)} has {setting}={found!r}, the architecture has {value!r}")
+    found = {}
+    for child, module in children.items():
+        found |= differences(module, expected[child], f"{name}.{child}" if name else child)
+    return found
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """The plain values that a module keeps, such as googlenet's transform_input."""
+    values = {key: value for key, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
+    return {key: value for key, value in values.items() if key != "training"}
+
+
+def _place(name: str) -> str:
+    return f"module {name!r}" if name else "the network"
+
+
+def describe(module: nn.Module, name: str) -> Spec:
+    """A description of one module, with the sizes of its parameters.
+
+    name: for the message.
+
+    Raises:
+        ValueError: not one of the kinds that can be described.
+    """
+    if type(module) is HTLayer:
+        weights = module.weights()
+        return {
+            "kind": "factorised",
+            "plan": module.plan,
+            "groups": [list(group) for group in weights],
+            "shapes": [list(weight.shape) for weight in weights.values()],
+            "bias": module.bias is not None,
+            "geometry": asdict(module.geometry),
+        }
+    if type(module) is nn.Sequential:
+        return {"kind": "sequence", "modules": [describe(child, name) for child in module]}
+    if type(module) is nn.Conv2d:
+        options = {key: getattr(module, key) for key in ("stride", "padding", "dilation", "groups", "padding_mode")}
+        sizes = {"in": module.in_channels, "out": module.out_channels, "kernel": list(module.kernel_size)}
+        return {"kind": "convolution", **sizes, "bias": module.bias is not None, **options}
+    if type(module) is nn.Linear:
+        sizes = {"in": module.in_features, "out": module.out_features}
+        return {"kind": "linear", **sizes, "bias": module.bias is not None}
+    if type(module) is nn.Unflatten and module.dim == 1:
+        return {"kind": "unflatten", "sizes": list(module.unflattened_size)}
+    if type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
+        return {"kind": "flatten"}
+    if type(module) is nn.Identity:
+        return {"kind": "identity"}
+    raise ValueError(
+        f"{_place(name)} is a {type(module).__name__}({module.extra_repr()}), which neither the architecture has there "
+        "nor compressing or deploying puts there"
+    )
+
+
+def build(spec: Mapping[str, Any]) -> nn.Module:
+    """The module described, with meta tensors for parameters: nothing is allocated.
+
+    Raises:
+        ValueError: a value that is missing, of the wrong type or out of range; the message says which.
+    """
+    kind = _field(spec, "kind")
+    builders = {
+        "factorised": _factorised,
+        "sequence": _sequence,
+        "convolution": _convolution,
+        "linear": _linear,
+        "unflatten": lambda s: nn.Unflatten(1, tuple(_sizes(s, "sizes", 3))),
+        "flatten": lambda _: nn.Flatten(),
+        "identity": lambda _: nn.Identity(),
+    }
+    if not isinstance(kind, str) or kind not in builders:
+        raise ValueError(f"kind must be one of {', '.join(builders)}; got {_short(kind)}")
+    with torch.device("meta"):
+        return builders[kind](spec)
+
+
+def _factorised(spec: Mapping[str, Any]) -> HTLayer:
+    groups, shapes = _field(spec, "groups"), _field(spec, "shapes")
+    lists = isinstance(groups, list) and isinstance(shapes, list) and len(groups) == len(shapes)
+    if not lists or not 1 <= len(groups) <= 4 or not all(isinstance(group, list) for group in groups):
+        raise ValueError(f"groups and shapes must be lists of one length, up to 4; got {_short(groups)}")
+    names = [tuple(str(stage) for stage in group) for group in groups]
+    order = 4 if "row" in sum(names, ()) else 2
+    geometry = _geometry(_field(spec, "geometry"))
+    weights = {}
+    for place, group in enumerate(names):
+        shape = _sizes({"shapes": shapes[place]}, "shapes", order)
+        if order == 4 and geometry.unflatten is None:
+            windowless = [size for stage, size in zip(("row", "col"), shape[2:], strict=True) if stage not in group]
+            if any(size != 1 for size in windowless):
+                raise ValueError(f"the stages {group} cannot have a weight of shape {shape}")
+        weights[group] = torch.empty(shape)
+    bias = torch.empty(next(reversed(weights.values())).shape[0]) if _flag(spec, "bias") else None
+    return HTLayer(weights, bias, geometry)
+
+
+def _geometry(spec: Any) -> Geometry:
+    if not isinstance(spec, Mapping):
+        raise ValueError(f"geometry must be an object; got {_short(spec)}")
+    return Geometry(
+        stride=_pair(spec, "stride", 1),
+        padding=_padding(spec),
+        dilation=_pair(spec, "dilation", 1),
+        padding_mode=_choice(spec, "padding_mode", PADDING_MODES),
+        unflatten=None if _field(spec, "unflatten") is None else tuple(_sizes(spec, "unflatten", 3)),
+        linear=_flag(spec, "linear"),
+    )
+
+
+def _sequence(spec: Mapping[str, Any]) -> nn.Sequential:
+    parts = _field(spec, "modules")
+    if not isinstance(parts, list) or not 1 <= len(parts) <= LONGEST:
+        raise ValueError(f"modules must be a list of 1 to {LONGEST}; got {_short(parts)}")
+    if any(isinstance(part, Mapping) and part.get("kind") == "sequence" for part in parts):
+        raise ValueError("a sequence cannot hold a sequence")
+    return nn.Sequential(*(build(part) for part in parts))
+
+
+def _convolution(spec: Mapping[str, Any]) -> nn.Conv2d:
+    return nn.Conv2d(
+        _size(spec, "in"),
+        _size(spec, "out"),
+        _pair(spec, "kernel", 1),
+        stride=_pair(spec, "stride", 1),
+        padding=_padding(spec),
+        dilation=_pair(spec, "dilation", 1),
+        groups=_size(spec, "groups"),
+        bias=_flag(spec, "bias"),
+        padding_mode=_choice(spec, "padding_mode", PADDING_MODES),
+    )
+
+
+def _linear(spec: Mapping[str, Any]) -> nn.Linear:
+    return nn.Linear(_size(spec, "in"), _size(spec, "out"), bias=_flag(spec, "bias"))
+
+
+def _field(spec: Any, key: str) -> Any:
+    if not isinstance(spec, Mapping) or key not in spec:
+        raise ValueError(f"{key!r} is missing in {_short(spec)}")
+    return spec[key]
+
+
+def _size(spec: Mapping[str, Any], key: str, lowest: int = 1) -> int:
+    value = _field(spec, key)
+    if type(value) is not int or not lowest <= value <= LARGEST:
+        raise ValueError(f"{key} must be a whole number in {lowest}..{LARGEST}; got {_short(value)}")
+    return value
+
+
+def _sizes(spec: Mapping[str, Any], key: str, count: int, lowest: int = 1) -> list[int]:
+    values = _field(spec, key)
+    if not isinstance(values, (list, tuple)) or len(values) != count:
+        raise ValueError(f"{key} must be a list of {count} whole numbers; got {_short(values)}")
+    return [_size({key: value}, key, lowest) for value in values]
+
+
+def _pair(spec: Mapping[str, Any], key: str, lowest: int) -> tuple[int, int]:
+    height, width = _sizes(spec, key, 2, lowest)
+    return height, width
+
+
+def _padding(spec: Mapping[str, Any]) -> tuple[int, int] | str:
+    value = _field(spec, "padding")
+    return _choice(spec, "padding", ("same", "valid")) if isinstance(value, str) else _pair(spec, "padding", 0)
+
+
+def _choice(spec: Mapping[str, Any], key: str, allowed: tuple[str, ...]) -> str:
+    value = _field(spec, key)
+    if value not in allowed:
+        raise ValueError(f"{key} must be one of {', '.join(allowed)}; got {_short(value)}")
+    return value
+
+
+def _flag(spec: Mapping[str, Any], key: str) -> bool:
+    value = _field(spec, key)
+    if type(value) is not bool:
+        raise ValueError(f"{key} must be true or false; got {_short(value)}")
+    return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,167 @@
+"""The classic rules, which give every layer its ranks at once: uniform, singular-value energy, VBMF.
+
+They are what the policy has to beat; each has one knob, which `meet_budget` turns until the network's cost fits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+from ..compress import KernelFactors, MatrixFactors, ModelFactors
+from ..configuration import Configuration, KernelRanks, MatrixRanks, Ranks
+from .evbmf import evbmf_from_singular_values
+from .menus import CostMeasure
+
+
+def uniform(factors: ModelFactors, fraction: float) -> Configuration:
+    """Every layer's ranks as the same fraction of its channels: (f C_in, f max(C_in, C_out), f C_out).
+
+    Raises:
+        ValueError: unless 0 < fraction <= 1.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must be in (0, 1]; got {fraction}")
+
+    def wanted(layer: KernelFactors | MatrixFactors) -> tuple[float, ...]:
+        c_out, c_in = layer.shape[:2]
+        if isinstance(layer, MatrixFactors):
+            return (fraction * min(c_out, c_in),)
+        return (fraction * c_in, fraction * max(c_in, c_out), fraction * c_out)
+
+    return Configuration({name: _legal(layer, wanted(layer)) for name, layer in factors.layers.items()})
+
+
+def energy(factors: ModelFactors, threshold: float) -> Configuration:
+    """The smallest ranks whose singular values keep `threshold` of the squared norm on every edge.
+
+    Raises:
+        ValueError: unless 0 < threshold <= 1.
+    """
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold must be in (0, 1]; got {threshold}")
+
+    def kept(layer: KernelFactors | MatrixFactors, edge: str) -> int:
+        energies = layer.edge_energies(edge)
+        return int((energies.cumsum(0) < threshold * energies.sum()).sum()) + 1
+
+    ranks = {
+        name: _legal(layer, tuple(kept(layer, edge) for edge in _edges(layer)))
+        for name, layer in factors.layers.items()
+    }
+    return Configuration(ranks)
+
+
+def vbmf(factors: ModelFactors, scale: float = 1.0) -> Configuration:
+    """The ranks that EVBMF finds on every edge's matricization, times `scale` (which is what meets a budget).
+
+    Source: Nakajima et al., JMLR 14 (2013); Kim et al., ICLR 2016, use it to choose Tucker ranks.
+
+    Raises:
+        ValueError: unless scale > 0.
+    """
+    if not scale > 0:
+        raise ValueError(f"scale must be positive; got {scale}")
+    ranks = {
+        name: _legal(layer, tuple(scale * rank for rank in _vbmf_ranks(layer)))
+        for name, layer in factors.layers.items()
+    }
+    return Configuration(ranks)
+
+
+def _vbmf_ranks(layer: KernelFactors | MatrixFactors) -> tuple[int, ...]:
+    ranks = []
+    for edge in _edges(layer):
+        values = layer.edge_energies(edge).sqrt().cpu().numpy()
+        ranks.append(max(1, evbmf_from_singular_values(values, _edge_shape(layer, edge)).rank))
+    return tuple(ranks)
+
+
+def _edges(layer: KernelFactors | MatrixFactors) -> tuple[str, ...]:
+    return ("mid",) if isinstance(layer, MatrixFactors) else ("in", "mid", "out")
+
+
+def _edge_shape(layer: KernelFactors | MatrixFactors, edge: str) -> tuple[int, int]:
+    """(rows, columns) of the edge's matricization."""
+    if isinstance(layer, MatrixFactors):
+        return layer.shape[0], layer.shape[1]
+    c_out, c_in, k_h, _ = layer.shape
+    rows = {"in": c_in, "mid": c_in * k_h, "out": c_out}[edge]
+    return rows, math.prod(layer.shape) // rows
+
+
+def _legal(layer: KernelFactors | MatrixFactors, wanted: tuple[float, ...]) -> Ranks:
+    """The nearest ranks that the layer allows: a rule's formula knows nothing of the tree's limits."""
+
+    def near(value: float, limit: int) -> int:
+        return min(max(1, round(value)), limit)
+
+    full = layer.full_ranks
+    if isinstance(full, MatrixRanks):
+        return MatrixRanks(near(wanted[0], full.rank))
+    rank_in, rank_out = near(wanted[0], full.rank_in), near(wanted[2], full.rank_out)
+    limit = min(rank_in * layer.shape[2], layer.shape[3] * rank_out)
+    return KernelRanks(rank_in, near(wanted[1], limit), rank_out)
+
+
+RULES: Mapping[str, tuple[Callable[[ModelFactors, float], Configuration], float, float]] = {
+    "uniform": (uniform, 1e-3, 1.0),
+    "energy": (energy, 1e-3, 1.0),
+    "vbmf": (vbmf, 1e-3, 50.0),
+}
+"""Classic rule -> (function of factors and knob, least knob, largest knob). FLOPs grow with the knob."""
+
+
+def meet_budget(
+    rule: str,
+    chooser: ModelFactors,
+    budget: float,
+    *,
+    cost: CostMeasure | None = None,
+    priced: ModelFactors | None = None,
+    steps: int = 24,
+) -> Configuration:
+    """The largest configuration of a classic rule whose share of the dense cost is at most `budget`, by bisection.
+
+    A layer that would cost more than dense at its ranks stays dense. The last layers to be afforded are not patched:
+    rules are compared as they are, at the same budget.
+
+    Args:
+        chooser: the factors whose singular values the rule looks at (classic rules look at the weights').
+        priced: the factors that are compressed with; the same by default.
+
+    Raises:
+        ValueError: an unknown rule, or a budget below what the rule's smallest ranks cost.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}; got {rule!r}")
+    priced, cost = priced or chooser, cost or CostMeasure()
+    make, low, high = RULES[rule]
+
+    def attempt(knob: float) -> tuple[Configuration, float]:
+        config = worthwhile(priced, make(chooser, knob), cost)
+        return config, cost.share(priced.flops(config), priced.params(config), priced)
+
+    best, least = attempt(low)
+    if least > budget:
+        raise ValueError(f"rule {rule}: its smallest ranks keep {least:.3f} of the dense cost, above {budget}")
+    for _ in range(steps):
+        middle = math.sqrt(low * high)
+        config, share = attempt(middle)
+        if share <= budget:
+            best, low = config, middle
+        else:
+            high = middle
+    return best
+
+
+def worthwhile(factors: ModelFactors, config: Mapping[str, Ranks], cost: CostMeasure | None = None) -> Configuration:
+    """The configuration without the layers that cost at least as much as dense at their ranks."""
+    cost = cost or CostMeasure()
+
+    def cheaper(name: str, ranks: Ranks) -> bool:
+        layer = factors.layers[name]
+        own = cost.share(layer.flops(ranks), layer.params(ranks), factors)
+        return own < cost.share(layer.dense_flops, layer.dense_params, factors)
+
+    return Configuration({name: ranks for name, ranks in config.items() if cheaper(name, ranks)})

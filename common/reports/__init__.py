@@ -1,0 +1,41 @@
+"""From runs to logs, tables and figures; free of torch, and of matplotlib until a figure is drawn."""
+
+from .log_format import record_problem
+from .log_reader import SCHEMA, VERSION, ParsedLog, read_log, to_json
+from .runlog import RunLog
+from .runs import load_runs
+from .tables import (
+    TIE_RULES,
+    Candidate,
+    Choice,
+    Group,
+    caption,
+    choose,
+    family,
+    group_runs,
+    is_accepted,
+    pareto_front,
+    render,
+)
+
+__all__ = [
+    "SCHEMA",
+    "TIE_RULES",
+    "VERSION",
+    "Candidate",
+    "Choice",
+    "Group",
+    "ParsedLog",
+    "RunLog",
+    "caption",
+    "choose",
+    "family",
+    "group_runs",
+    "is_accepted",
+    "load_runs",
+    "pareto_front",
+    "read_log",
+    "record_problem",
+    "render",
+    "to_json",
+]

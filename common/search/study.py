@@ -1,0 +1,218 @@
+"""The search: ask -> compress -> screen -> log, for each budget; resumable at any moment.
+
+A search lives in a folder: an Optuna study per budget in an SQLite file, the measured sensitivities, the promoted
+candidates' results. Everything that is done is on disk before the next thing starts, and every candidate follows from
+the seed, its number and the finished trials before it. So the same command after Ctrl-C or a kill goes on where it was
+and comes to the same candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+from tqdm import tqdm
+
+from ..configuration import Configuration
+from ..ranks import CostMeasure, Menus
+from ..reports import RunLog, read_log
+from .policy import TEMPERATURE, MenuCosts, Policy, configuration
+from .records import Record, restored, stored
+from .samplers import SAMPLERS, UPDATE_RATE, make_sampler, search_space, within_budget
+from .screening import CandidateFailed, Screener
+
+OBJECTIVES: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
+    "divergence": lambda record: -record["divergence"],
+    "accuracy": lambda record: record["val_accuracy"],
+}
+"""What a candidate is judged by before training, to be maximised."""
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How to search.
+
+    Attributes:
+        budgets: shares of the dense cost that candidates may keep, one study each.
+        candidates: screened per budget.
+        sampler: one of SAMPLERS.
+        objective: one of OBJECTIVES; the divergence is the finer measure.
+        cost: what the budgets are shares of.
+        temperature, update_rate, use_sensitivity, use_size: of the policy; see `Policy.solve` and `PolicySampler`.
+        seed: decides every draw.
+    """
+
+    budgets: tuple[float, ...] = (0.30, 0.15, 0.08)
+    candidates: int = 34
+    sampler: str = "policy"
+    objective: str = "divergence"
+    cost: CostMeasure = field(default_factory=CostMeasure)
+    temperature: float = TEMPERATURE
+    update_rate: float = UPDATE_RATE
+    use_sensitivity: bool = True
+    use_size: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.budgets or not all(0 < budget <= 1 for budget in self.budgets):
+            raise ValueError(f"budgets are shares in (0, 1], at least one; got {self.budgets}")
+        if self.candidates < 1:
+            raise ValueError(f"candidates must be at least 1 per budget; got {self.candidates}")
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}; got {self.sampler!r}")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {self.objective!r}")
+
+
+class Search:
+    """Screens candidates for every budget; what it has done before in its folder it does not do again.
+
+    Args:
+        screener: for the model at hand.
+        menus: of its layers.
+        sensitivity: layer -> one number per menu entry.
+        settings: see `SearchSettings`.
+        folder: where the studies live; None keeps them in memory, for a search that nobody resumes.
+        log: every candidate is logged there once, if there is one.
+
+    Raises:
+        ValueError: a budget that no configuration meets.
+    """
+
+    def __init__(
+        self,
+        screener: Screener,
+        menus: Menus,
+        sensitivity: Mapping[str, tuple[float, ...]],
+        settings: SearchSettings,
+        folder: Path | None = None,
+        log: RunLog | None = None,
+    ) -> None:
+        self.screener, self.menus, self.settings, self._log = screener, menus, settings, log
+        costs = MenuCosts.of(screener.factors, menus, settings.cost)
+        self.policies = {
+            budget: Policy.solve(
+                sensitivity,
+                costs,
+                budget,
+                temperature=settings.temperature,
+                use_sensitivity=settings.use_sensitivity,
+                use_size=settings.use_size,
+            )
+            for budget in settings.budgets
+        }
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._storage = _storage(folder)
+        known = read_log(log.path).candidates if log is not None and log.path.exists() else []
+        self._logged = {_identity(record) for record in known}
+
+    def run(self, *, progress: bool = True) -> list[Record]:
+        """Screen what is left to screen; every candidate's record, of this and of earlier runs, in order."""
+        total = self.settings.candidates * len(self.policies)
+        studies = {budget: self._study(budget) for budget in self.policies}
+        done = sum(len(_recorded(study)) for study in studies.values())
+        bar = tqdm(total=total, initial=min(done, total), desc="screening", unit="candidate", disable=not progress)
+        records = []
+        with bar:
+            for budget, study in studies.items():
+                own = _records(study)
+                for record in own:
+                    self.log_once(record)
+                while len(own) < self.settings.candidates:
+                    own.append(self._one(budget, study, own))
+                    bar.update()
+                    bar.set_postfix_str(_best_so_far(own, budget))
+                records += own
+        return records
+
+    def log_once(self, record: Mapping[str, Any]) -> None:
+        """Write a record to the log unless it stands there already."""
+        if self._log is not None and _identity(record) not in self._logged:
+            self._log.candidate(stored(record))
+            self._logged.add(_identity(record))
+
+    def _study(self, budget: float) -> Study:
+        """The budget's study; a trial that a kill left unfinished is given up and will be done again."""
+        settings = self.settings
+        name = f"budget {budget} {settings.sampler} seed {settings.seed}"
+        study = optuna.create_study(storage=self._storage, study_name=name, direction="maximize", load_if_exists=True)
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            self._tell(study, trial.number, trial.user_attrs.get("record"))
+        return study
+
+    def _one(self, budget: float, study: Study, earlier: list[Record]) -> Record:
+        """Ask for one candidate, screen it, and put the result on disk; `earlier` are the study's records so far."""
+        policy, settings, number = self.policies[budget], self.settings, len(earlier)
+        study.sampler = make_sampler(
+            settings.sampler, policy, seed=settings.seed, number=number, update_rate=settings.update_rate
+        )
+        trial = study.ask(search_space(policy))
+        choice = trial.params if settings.sampler == "policy" else within_budget(policy, trial.params)
+        config = configuration(self.menus, choice)
+        head = {"config": config, "trial": f"{budget:g}-{number}", "budget": budget, "seed": settings.seed}
+        known = next((record for record in earlier if record["config"] == config), None)
+        record = {**known, **head} if known else {**head, **self._screened(config)}
+        trial.set_user_attr("record", stored(record))
+        self._tell(study, trial.number, record)
+        self.log_once(record)
+        return record
+
+    def _tell(self, study: Study, number: int, record: Mapping[str, Any] | None) -> None:
+        if record is None or record["status"] == "failed":
+            study.tell(number, state=TrialState.FAIL)
+        else:
+            study.tell(number, OBJECTIVES[self.settings.objective](record))
+
+    def _screened(self, config: Configuration) -> dict[str, Any]:
+        """What screening found, as the rest of a record."""
+        try:
+            found = self.screener.screen(config)
+        except CandidateFailed as failure:
+            return {"status": "failed", "reason": str(failure), "stage": "screen"}
+        return {
+            "params": found.params,
+            "flops": found.flops,
+            "accuracy": None,
+            "inference_time": None,
+            "compression_rate": self.screener.factors.dense_params / found.params,
+            "accepted": False,
+            "status": "screened",
+            "val_accuracy": found.accuracy,
+            "divergence": found.divergence,
+            "seconds": found.seconds,
+        }
+
+
+def _storage(folder: Path | None) -> optuna.storages.BaseStorage:
+    if folder is None:
+        return optuna.storages.InMemoryStorage()
+    folder.mkdir(parents=True, exist_ok=True)
+    return optuna.storages.RDBStorage(f"sqlite:///{(folder / 'study.sqlite3').resolve()}")
+
+
+def _identity(record: Mapping[str, Any]) -> tuple:
+    """What tells the lines of a log apart: a candidate stands there once as screened and once as fine-tuned."""
+    return record.get("trial"), record.get("seed"), record.get("status")
+
+
+def _recorded(study: Study) -> list[FrozenTrial]:
+    """The trials that came to a record, as a result or as a failure, in order."""
+    return [
+        trial
+        for trial in study.get_trials(deepcopy=False)
+        if "record" in trial.user_attrs and trial.state.is_finished()
+    ]
+
+
+def _records(study: Study) -> list[Record]:
+    return [restored(trial.user_attrs["record"]) for trial in _recorded(study)]
+
+
+def _best_so_far(records: list[Record], budget: float) -> str:
+    accuracies = [record["val_accuracy"] for record in records if record["status"] == "screened"]
+    return f"budget {budget:g}, best validation {max(accuracies):.4f}" if accuracies else f"budget {budget:g}"

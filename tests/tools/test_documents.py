@@ -1,0 +1,148 @@
+"""What README and docs state is made from files under results/, and nothing measured is written by hand."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tools import documents, update_docs
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*, seed=0, accuracy=0.990, params=40_000, seconds=0.002):
+    """A run as `jsonify_logs.py` writes it, of one screened and one fine-tuned candidate."""
+    tested = {"trial": "0.1-3", "params": params, "flops": 5_000_000, "accuracy": accuracy, "status": "fine-tuned"}
+    tested |= {"inference_time": seconds, "compression_rate": 1_000_000 / params, "config_str": "a:(1)"}
+    versions = {"torch": "2.0", "onnxruntime": "1.0"}
+    header = {"model": "resnet18", "dataset": "mnist", "image_size": 32, "seed": seed, "train_limit": None}
+    header |= {"machine": "m", "device": "cpu", "threads": 2, "versions": versions, "git_revision": "abc"}
+    header |= {"runtime": "onnxruntime", "latency_batch": 16}
+    header |= {"search_seconds": {"screen": 60.0, "finetune": 120.0, "total": 200.0, "exhaustive": 4000.0}}
+    baseline = {"architecture": "resnet18", "params": 1_000_000, "flops": 50_000_000, "accuracy": 0.993}
+    counts = {"tried": 2, "succeeded": 2, "failed": 0, "fine_tuned": 1, "screened": 1, "damaged": 0}
+    return {
+        "header": header,
+        "baseline": {**baseline, "inference_time": 0.01},
+        "counts": counts,
+        "candidates": [tested],
+    }
+
+
+PUBLISHED = {
+    "source": "Somewhere.",
+    "dataset": "mnist",
+    "models": {
+        "Resnet": {
+            "params_reduction": 0.87,
+            "flops_reduction": 0.95,
+            "speedup": 0.36,
+            "gpu_seconds_per_candidate": 214,
+        }
+    },
+}
+
+
+def test_the_repository_is_up_to_date():
+    assert update_docs.main(["--check"]) == 0
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A copy of the documents and of what they are made from."""
+    for name in (*update_docs.DOCUMENTS, "results"):
+        source, target = ROOT / name, tmp_path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            ignored = shutil.ignore_patterns("*.png", "*.safetensors", "demo")
+            shutil.copytree(source, target, ignore=ignored, dirs_exist_ok=True)
+        else:
+            shutil.copy(source, target)
+    return tmp_path
+
+
+def test_a_changed_document_is_noticed_and_mended(repository, capsys):
+    readme = repository / "README.md"
+    honest = readme.read_text()
+    readme.write_text(honest.replace("| Resnet ", "| Resnext ", 1))
+    assert update_docs.main(["--check", "--root", str(repository)]) == 1
+    assert "README.md is not up to date" in capsys.readouterr().err
+    assert update_docs.main(["--root", str(repository)]) == 0
+    assert readme.read_text() == honest
+    readme.write_text(honest + "\nIt is 12.5x faster.\n")
+    assert update_docs.main(["--check", "--root", str(repository)]) == 1
+    assert "It is 12.5x faster." in capsys.readouterr().err
+
+
+def test_a_figure_in_a_notebooks_prose_is_noticed(repository, capsys):
+    cell = {"cell_type": "markdown", "source": ["It saves 12.5 % here."]}
+    (repository / "htd-a-res.ipynb").write_text(json.dumps({"cells": [cell]}))
+    assert update_docs.main(["--check", "--root", str(repository)]) == 1
+    assert "htd-a-res.ipynb states a measured figure outside its markers: It saves 12.5 %" in capsys.readouterr().err
+
+
+def test_figures_in_code_and_between_markers_are_no_loose_ends():
+    assert documents.untraced("`--tolerance 5 %`\n```\n12 minutes\n```\n<!-- a:begin -->\n99 %\n<!-- a:end -->\n") == []
+    assert documents.untraced("saves 97.4 % of it\nat 32 px") == ["saves 97.4 % of it"]
+
+
+def test_only_known_parts_are_filled():
+    text = "<!-- a:begin -->\nold\n<!-- a:end -->\n"
+    assert documents.fill(text, {"a": lambda: "new"}) == "<!-- a:begin -->\nnew\n<!-- a:end -->\n"
+    with pytest.raises(ValueError, match="no part is called 'a'"):
+        documents.fill(text, {"b": lambda: "new"})
+
+
+def test_the_comparison_says_where_it_is_not_ahead():
+    text = documents.against_published([run()], PUBLISHED)
+    lines = {line.split("|")[2].strip(): line for line in text.splitlines() if line.startswith("| Resnet")}
+    verdicts = {label: line.split("|")[4].strip() + " " + line.split("|")[5].strip() for label, line in lines.items()}
+    assert verdicts == {"parameters": "-96.0% yes", "FLOPs": "-90.0% no", "speed": "5.00x yes"}
+    assert "none within tolerance" in documents.against_published([run(accuracy=0.9)], PUBLISHED)
+
+
+def at(size, dataset="mnist", **options):
+    """`run()` at another image size or on another data set."""
+    made = run(**options)
+    return {**made, "header": {**made["header"], "image_size": size, "dataset": dataset}}
+
+
+def test_the_largest_size_of_each_task_speaks_for_it():
+    runs = [at(32), at(224), at(224, seed=1), at(64, "fashion-mnist")]
+    assert documents.largest(runs) == runs[1:]
+
+
+def test_only_the_published_data_set_is_compared_and_at_its_largest_size():
+    runs = [at(32, params=10_000), at(224), at(64, "fashion-mnist", params=10_000)]
+    assert documents.against_published(runs, PUBLISHED) == documents.against_published([at(224)], PUBLISHED)
+
+
+def test_a_notebook_that_was_not_run_to_its_end_is_refused():
+    executed = {"input_path": "/a/htd-vgg-res.ipynb", "duration": None, "parameters": {}}
+    with pytest.raises(ValueError, match=r"htd-vgg-res\.ipynb under mnist-224 was not run to its end"):
+        documents._notebook_command("mnist-224", executed)
+
+
+def test_seeds_are_listed_with_their_spread_and_a_lone_run_is_not():
+    text = documents.seeds([run(), run(seed=1, params=60_000)])
+    assert "95.00% ± 1.41%" in text
+    assert "Resnet" not in documents.seeds([run()])
+
+
+def test_a_search_is_priced_beside_the_exhaustive_one():
+    text = documents.search_costs([run()], PUBLISHED)
+    assert [cell.strip() for cell in text.splitlines()[-1].split("|")[2:-1]] == [
+        "2",
+        "1.0",
+        "2.0",
+        "3.3",
+        "66.7",
+        "20x",
+        "100.0",
+        "214",
+    ]
+    without = copy.deepcopy(run())
+    del without["header"]["search_seconds"]
+    assert "20x" not in documents.search_costs([without], PUBLISHED)

@@ -1,0 +1,90 @@
+"""Makes the measured parts of README.md and docs/ from the files under results/: python tools/update_docs.py [--check]
+
+Prose states no measured figure of its own, in the documents as in the notebooks.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+if __package__ in (None, ""):
+    # Run as a script: the repository root, not this folder, is where `common` and the two log scripts are found.
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common.files import write_text
+from common.reports import load_runs
+from tools import documents
+
+DOCUMENTS = ("README.md", "results/README.md", "docs/method.md")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0; 1 when `--check` finds something to do; 2 when a file cannot be used."""
+    options = _parser().parse_args(arguments)
+    found = []
+    try:
+        parts = sections(options.root / "results")
+        for name in DOCUMENTS:
+            path = options.root / name
+            text = path.read_text(encoding="utf-8")
+            new = documents.fill(text, parts)
+            loose = documents.untraced(new)
+            found += [_stray(name, line) for line in loose]
+            if new != text and options.check:
+                found.append(f"{name} is not up to date with results/; run python tools/update_docs.py")
+            elif new != text:
+                write_text(path, new)
+                print(f"{name} brought up to date")
+        for path in sorted(options.root.glob("htd-*-res.ipynb")):
+            cells = documents.read_json(path)["cells"]
+            prose = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+            found += [_stray(path.name, line) for line in documents.untraced(prose)]
+    except (OSError, ValueError, KeyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for problem in found:
+        print(problem, file=sys.stderr)
+    return 1 if found else 0
+
+
+def _stray(name: str, line: str) -> str:
+    return f"{name} states a measured figure outside its markers: {line}"
+
+
+def sections(results: Path) -> Mapping[str, Callable[[], str]]:
+    """Name of a part -> what makes it."""
+    runs, problems = load_runs(documents.run_folders(results))
+    if problems:
+        raise ValueError("; ".join(problems))
+    published = documents.read_json(results / "published.json")
+    compared = sorted((results / "rank-selection").glob("*"))
+    files = {f"rules-{folder.name}": folder / "table.md" for folder in compared}
+    files |= {f"ablation-{folder.name}": folder / "ablation.md" for folder in compared}
+    files |= {folder.name: folder / "latency.md" for folder in sorted(results.glob("latency-*"))}
+    largest = documents.largest(runs)
+    smaller = [run for run in runs if run not in largest]
+    return {
+        "headline": lambda: documents.headline(largest, documents.STRICT),
+        "headline-loose": lambda: documents.headline(largest, documents.LOOSE),
+        "headline-smaller": lambda: documents.headline(smaller, documents.STRICT),
+        "published": lambda: documents.against_published(runs, published),
+        "origin": lambda: documents.origin(runs),
+        "seeds": lambda: documents.seeds(runs),
+        "search-costs": lambda: documents.search_costs(runs, published),
+        "commands": lambda: documents.commands(results),
+        "factorisation": lambda: documents.factorisation(documents.read_json(results / "factorize_speed.json")),
+        **{name: partial(path.read_text, encoding="utf-8") for name, path in files.items()},
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Make the measured parts of README.md and docs/ from results/.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if something would change")
+    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent.parent, help="the repository")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
