@@ -47,13 +47,12 @@ from common.search import (
     Policy,
     Screener,
     Screening,
+    Search,
+    SearchSettings,
     blended_sensitivity,
     configuration,
-    make_sampler,
     measured_sensitivity,
     proxy_sensitivity,
-    search_space,
-    within_budget,
 )
 
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -129,27 +128,19 @@ def rule_choice(bench: Bench, rule: str, budget: float) -> tuple[dict, Screening
 
 def sampler_choice(
     bench: Bench, kind: str, budget: float, *, update_rate: float = UPDATE_RATE
-) -> tuple[dict, Screening, int]:
-    """The best of --evaluations configurations, by the divergence when screened."""
-    policy = bench.policy(budget)
-    study = optuna.create_study(direction="maximize")
-    best: tuple[dict, Screening] | None = None
-    for number in range(bench.options.evaluations):
-        study.sampler = make_sampler(kind, policy, seed=bench.seed, number=number, update_rate=update_rate)
-        trial = study.ask(search_space(policy))
-        choice = trial.params if kind == "policy" else within_budget(policy, trial.params)
-        config = configuration(bench.menus, choice)
-        try:
-            found = bench.screener.screen(config)
-        except CandidateFailed:
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            continue
-        study.tell(trial, -found.divergence)
-        if best is None or found.divergence < best[1].divergence:
-            best = (config, found)
-    if best is None:
-        raise CandidateFailed(f"all {bench.options.evaluations} candidates of {kind} at budget {budget} failed")
-    return *best, bench.options.evaluations
+) -> tuple[Configuration, Screening, int]:
+    """The best of --evaluations configurations, by the divergence when screened: a search that is kept in memory."""
+    evaluations = bench.options.evaluations
+    settings = SearchSettings(
+        budgets=(budget,), candidates=evaluations, sampler=kind, update_rate=update_rate, seed=bench.seed
+    )
+    records = Search(bench.screener, bench.menus, bench.sensitivities["blended"], settings).run(progress=False)
+    screened = [record for record in records if record["status"] == "screened"]
+    if not screened:
+        raise CandidateFailed(f"all {evaluations} candidates of {kind} at budget {budget} failed")
+    best = min(screened, key=lambda record: record["divergence"])
+    found = Screening(best["val_accuracy"], best["divergence"], best["params"], best["flops"], best["seconds"])
+    return best["config"], found, evaluations
 
 
 def ablation_choice(bench: Bench, budget: float, *, bases: str = "both", recalibrated: bool = True, **switches) -> Any:

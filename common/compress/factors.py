@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from ..configuration import KernelRanks, MatrixRanks, Ranks
-from .htucker import DimensionTree
+from .htucker import DimensionTree, HTucker
 from .layers import PLANS, Geometry, HTLayer, chain_ranks, merge_stages
 from .trace import LayerTrace
 
 KERNEL_TREE = DimensionTree(((1, 2), (3, 0)))
 """The dimension tree ((in, kh), (kw, out)) over the modes (out, in, kh, kw) of a kernel."""
+
+KERNEL_MODES = ("out", "in", "kh", "kw")
 
 DOUBLE_PRECISION_UP_TO = 1024
 """Gram matrices up to this size are decomposed in float64; larger ones (classifiers, mostly) in float32, which halves
@@ -136,6 +138,39 @@ class KernelFactors(LayerFactors):
 
     def truncated(self, ranks: KernelRanks) -> dict[tuple[str, ...], Tensor]:
         """Stage group -> weight ``(o, i, h, w)`` of the finest plan that these ranks call for."""
+        return merge_stages(self._chain(ranks), self.groups(ranks))
+
+    def as_htucker(self, ranks: KernelRanks) -> HTucker:
+        """The truncated kernel ``(C_out, C_in, k_h, k_w)`` as the hierarchical Tucker tensor that its stages are.
+
+        The leaves of the window are whole (identities), the stages "in" and "out" are leaf bases, "row" and "col" the
+        transfer tensors of the two inner nodes; the root's is an identity. Its dense form is the kernel that the layer
+        convolves with.
+
+        Raises:
+            ValueError: if a rank is out of range.
+        """
+        stages = [weight.clone() for weight in self._chain(ranks).values()]
+        reduce, row, col, expand = stages
+        _, _, k_h, k_w = self.shape
+        return HTucker(
+            KERNEL_TREE,
+            bases={
+                0: expand.flatten(1),  # (C_out, r_out)
+                1: reduce.flatten(1).T,  # (C_in, r_in)
+                2: torch.eye(k_h).to(row),
+                3: torch.eye(k_w).to(row),
+            },
+            transfers={
+                (1, 2, 3, 0): torch.eye(ranks.rank_mid).to(row)[..., None],  # (r_mid, r_mid, 1)
+                (1, 2): row.squeeze(3).permute(1, 2, 0),  # (r_in, k_h, r_mid)
+                (3, 0): col.squeeze(2).permute(2, 0, 1),  # (k_w, r_out, r_mid)
+            },
+            names=KERNEL_MODES,
+        )
+
+    def _chain(self, ranks: KernelRanks) -> dict[tuple[str, ...], Tensor]:
+        """The four stages of the truncated kernel, none of them merged."""
         self.check(ranks)
         _, _, k_h, k_w = self.shape
         core = self.core[: ranks.rank_in, :, :, : ranks.rank_out].reshape(ranks.rank_in * k_h, -1)
@@ -148,13 +183,12 @@ class KernelFactors(LayerFactors):
         scale = torch.where((scale > 1e-6) & (scale < 1e6), scale, torch.ones_like(scale))
         row = row * scale[:, None, None]
         col = (col / scale[:, None, None]).movedim(0, 1)
-        chain = {
+        return {
             ("in",): self.reduce[: ranks.rank_in, :, None, None],
             ("row",): row[..., None],
             ("col",): col[:, :, None],
             ("out",): self.expand[:, : ranks.rank_out, None, None],
         }
-        return merge_stages(chain, self.groups(ranks))
 
     def _split(self, core: Tensor, ranks: KernelRanks) -> tuple[Tensor, Tensor]:
         """The best ``(rank_in k_h, rank_mid)`` and ``(rank_mid, k_w rank_out)`` whose product stands for the core."""

@@ -120,11 +120,13 @@ class HTucker:
         tree: the dimension tree.
         bases: mode m -> leaf basis ``U_m: (n_m, r_m)``.
         transfers: inner node t -> transfer tensor ``B_t: (r_left, r_right, r_t)``; r_root = 1.
+        names: what the modes are called when the tensor is printed; their numbers by default.
     """
 
     tree: DimensionTree
     bases: Mapping[int, Tensor]
     transfers: Mapping[Node, Tensor]
+    names: tuple[str, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -137,6 +139,24 @@ class HTucker:
 
     def num_parameters(self) -> int:
         return sum(t.numel() for t in (*self.bases.values(), *self.transfers.values()))
+
+    def __str__(self) -> str:
+        """The tree, one node a line, with its rank and the shape of its basis U or transfer tensor B."""
+        whole = " x ".join(map(str, self.shape))
+        head = f"{whole} in hierarchical Tucker format: {self.num_parameters():,} numbers for {math.prod(self.shape):,}"
+        lines = list(self._branches(self.tree.root, "", ""))
+        width = max(len(branch) for branch, _ in lines)
+        return "\n".join([head, *(f"{branch:<{width}}   {facts}" for branch, facts in lines)])
+
+    def _branches(self, node: Node, first: str, rest: str) -> Iterator[tuple[str, str]]:
+        """(branch, facts) of a node and of all below it; `first` and `rest` indent its own line and its children's."""
+        label = "(" + ", ".join(self.names[mode] if self.names else str(mode) for mode in node) + ")"
+        tensor = self.bases[node[0]] if len(node) == 1 else self.transfers[node]
+        kind = "U" if len(node) == 1 else "B"
+        yield first + label, f"rank {self._rank(node):>4}   {kind}: {' x '.join(map(str, tensor.shape))}"
+        for place, child in enumerate(self.tree.children.get(node, ())):
+            last = place == 1
+            yield from self._branches(child, rest + ("└─ " if last else "├─ "), rest + ("   " if last else "│  "))
 
     def to_dense(self) -> Tensor:
         """The full tensor, by contracting the tree from the leaves to the root."""
