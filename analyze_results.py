@@ -1,6 +1,7 @@
 """Turns the JSON of searches into tables and plots: python analyze_results.py JSON... [--out DIR] [--tolerance 0.02]"""
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,17 +21,18 @@ from common.reports import (
     render,
 )
 
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 STYLES = ("txt", "csv", "md", "html")
+PUBLISHED = ("params_reduction", "flops_reduction", "speedup")
+FOLDER = Path("analysis")
+"""Where JSON, tables and plots go unless told otherwise; git ignores it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0; 1 when `--check` finds a file out of date; 2 when an input could not be used."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    if options.check and options.readme is None:
-        parser.error("--check needs --readme FILE, the file to check")
-    runs, problems = load_runs(options.inputs or [Path("results")])
+    """Returns the exit code: 0, or 2 when an input could not be used."""
+    options = _parser().parse_args(arguments)
+    runs, problems, notes = load_runs(options.inputs or [FOLDER])
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if not runs:
@@ -38,37 +40,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     groups = group_runs(runs)
     choices = {group.label: choose(group, options.tolerance, options.ties) for group in groups}
     rows = [choice.cells() for of_group in choices.values() for choice in of_group]
-    notes = caption(groups, options.tolerance, options.ties)
+    lines = caption(groups, options.tolerance, options.ties)
     try:
-        if options.check:
-            return 2 if problems else _check(options.readme, render(rows, notes, "md"))
+        published = read_published(options.published) if options.published else {}
         for style in STYLES:
-            write_text(options.out / f"table.{style}", render(rows, notes, style))
-        print(render(rows, notes, "txt"), end="")
-        if options.readme is not None:
-            text = options.readme.read_text(encoding="utf-8")
-            write_text(options.readme, with_results(text, render(rows, notes, "md"), options.readme))
+            write_text(options.out / f"table.{style}", render(rows, lines, style))
+        print(render(rows, lines, "txt"), end="")
         if not options.no_plots:
-            draw(groups, choices, options.out, options.tolerance)
+            draw(groups, choices, options.out, options.tolerance, published)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 2 if problems else 0
 
 
-def with_results(text: str, table: str, path: Path) -> str:
-    """The text with the table between its two markers.
+def read_published(path: Path) -> dict[str, dict[str, float]]:
+    """Model family -> its published figures: params_reduction, flops_reduction, speedup.
 
     Raises:
-        ValueError: the text has not each marker once, in order.
+        ValueError: the file is not such JSON.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{path} needs the lines {BEGIN} and {END}, once each and in this order")
-    return f"{text[: text.index(BEGIN)]}{BEGIN}\n{table}{text[text.index(END) :]}"
+    try:
+        models = json.loads(path.read_text(encoding="utf-8"))["models"]
+        return {name: {key: float(one[key]) for key in PUBLISHED} for name, one in models.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} does not hold published figures ({', '.join(PUBLISHED)} by model): {error}"
+        ) from error
 
 
-def draw(groups: Sequence[Group], choices: Mapping[str, Sequence[Choice]], out: Path, tolerance: float) -> None:
-    """Per group a scatter and the chosen ranks, over all groups the radar, as PNG in `out`."""
+def draw(
+    groups: Sequence[Group],
+    choices: Mapping[str, Sequence[Choice]],
+    out: Path,
+    tolerance: float,
+    published: Mapping[str, Mapping[str, float]] | None = None,
+) -> None:
+    """Per group a scatter and the chosen ranks, and a radar for each group, as PNG in `out`."""
     from common.reports import plots
 
     models = []
@@ -83,7 +91,8 @@ def draw(groups: Sequence[Group], choices: Mapping[str, Sequence[Choice]], out: 
         plots.save(figure, out / f"{slug}-accuracy-cost.png")
         if not best:
             continue
-        figure = plots.layer_ranks(_configurations(chosen), title=f"{group.label}: ranks of the chosen models")
+        title = f"{group.label}: ranks of the chosen models"
+        figure = plots.layer_ranks(_configurations(chosen), full_ranks=_full_ranks(group), title=title)
         plots.save(figure, out / f"{slug}-ranks.png")
         smallest = best["Best FLOPs Red."]
         models.append(
@@ -93,21 +102,23 @@ def draw(groups: Sequence[Group], choices: Mapping[str, Sequence[Choice]], out: 
                 flops_reduction=1 - smallest.flops_kept,
                 accuracy=smallest.record["accuracy"],
                 baseline_accuracy=smallest.baseline["accuracy"],
-                compression_rate=smallest.compression_rate,
                 speedup=smallest.speedup,
             )
         )
     if models:
-        figure = plots.radar_with_scatter(models, title="Best FLOPs reduction of each model")
+        beside = {
+            group.label: plots.ModelResult("published", **known)
+            for group in groups
+            if (known := (published or {}).get(group.label.split(" ")[0]))
+        }
+        figure = plots.radar_with_scatter(models, published=beside, title="Best FLOPs reduction of each model")
         plots.save(figure, out / "radar.png")
 
 
-def _check(path: Path, table: str) -> int:
-    text = path.read_text(encoding="utf-8")
-    if with_results(text, table, path) == text:
-        return 0
-    print(f"{path} is not up to date with its results; run analyze_results.py with --readme {path}", file=sys.stderr)
-    return 1
+def _full_ranks(group: Group) -> dict[str, tuple[int, ...]] | None:
+    """Layer -> full ranks, if every log of the group says them in its header; older logs do not."""
+    texts = {run["header"].get("full_ranks") for run in group.runs}
+    return parse_config_str(texts.pop()) if len(texts) == 1 and None not in texts else None
 
 
 def _configurations(chosen: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -121,9 +132,9 @@ def _configurations(chosen: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[s
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Turn the JSON of searches into tables and plots.")
     parser.add_argument(
-        "inputs", nargs="*", type=Path, metavar="JSON", help="JSON files, logs or folders (default: results/)"
+        "inputs", nargs="*", type=Path, metavar="JSON", help=f"JSON files, logs or folders (default: {FOLDER}/)"
     )
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the output (default: results/)")
+    parser.add_argument("--out", type=Path, default=FOLDER, help=f"folder for the output (default: {FOLDER}/)")
     parser.add_argument(
         "--tolerance", type=_fraction, default=0.02, help="accuracy that may be lost, a fraction (default: 0.02)"
     )
@@ -135,9 +146,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-plots", action="store_true", help="write tables only")
     parser.add_argument(
-        "--readme", type=Path, metavar="FILE", help=f"put the Markdown table between {BEGIN} and {END} of FILE"
+        "--published", type=Path, metavar="FILE", help="JSON of published figures to draw beside ours in the radars"
     )
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if --readme FILE is out of date")
     return parser
 
 

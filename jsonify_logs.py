@@ -63,7 +63,7 @@ def _summary(parsed: ParsedLog) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Turn the text logs of searches into JSON, one file per log.")
     parser.add_argument("logs", nargs="*", type=Path, metavar="LOG", help="a log or a folder (default: logs/)")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the JSON (default: results/)")
+    parser.add_argument("--out", type=Path, default=Path("analysis"), help="folder for the JSON (default: analysis/)")
     return parser
 
 

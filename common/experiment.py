@@ -145,7 +145,7 @@ class Experiment:
         facts = provenance(self.device, s.seed)
         head = {"model": s.model, "dataset": s.dataset, "image_size": s.image_size, "preset": s.preset}
         settings = {name: value for name, value in s.rows() if name not in head and name not in facts}
-        log.header({**head, **facts, **settings})
+        log.header({**head, **facts, **settings, "full_ranks": str(factors.full_ranks())})
         seconds = measure_latency({"dense": self._deploy_dense().run}, self._example)["dense"]
         accuracy = self.prepare_baseline().test_accuracy
         log.baseline(s.model, factors.dense_params, factors.dense_flops, accuracy, seconds)

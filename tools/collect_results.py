@@ -41,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for notebook in (path for folder in folders for path in folder.glob("*.ipynb")):
         forget_paths(notebook)
     codes = [analyze_results.main([str(folder), "--out", str(folder), *strict]) for folder in folders]
-    codes.append(analyze_results.main([*map(str, folders), "--out", str(options.out), *strict]))
+    published = options.out / "published.json"
+    beside = ["--published", str(published)] if published.exists() else []
+    codes.append(analyze_results.main([*map(str, folders), "--out", str(options.out), *strict, *beside]))
     return max(codes)
 
 

@@ -55,7 +55,7 @@ def _stray(name: str, line: str) -> str:
 
 def sections(results: Path) -> Mapping[str, Callable[[], str]]:
     """Name of a part -> what makes it."""
-    runs, problems = load_runs(documents.run_folders(results))
+    runs, problems, _ = load_runs(documents.run_folders(results))
     if problems:
         raise ValueError("; ".join(problems))
     published = documents.read_json(results / "published.json")

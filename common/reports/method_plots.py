@@ -1,4 +1,4 @@
-"""Figures of the method and of a search: spectra, the policy, training, screening, latency. See `common.plots`."""
+"""Figures of the method and of a search: spectra, the policy, training, screening, latency. See `plots`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -46,28 +46,26 @@ def policy_heatmap(
 ) -> Figure:
     """The policy's pdf: one row per layer, one column per entry of its menu, dark is probable.
 
-    labels: layer -> what to write into its cells, such as `8,16,8`; without it, the probabilities are written.
-    Menus of different length leave their row's end blank.
+    labels: layer -> what its menu's entries are called, such as `(8, 16, 8)`; the most probable one stands beside its
+        row. Menus of different length leave their row's end blank.
     """
     layers = list(probabilities)
     longest = max((len(row) for row in probabilities.values()), default=1)
     table = np.full((max(len(layers), 1), longest), np.nan)
     for place, layer in enumerate(layers):
         table[place, : len(probabilities[layer])] = probabilities[layer]
-    width = 0.85 if labels else 0.6
-    figure = Figure(figsize=(3.0 + width * longest, 1.7 + 0.32 * len(layers)), layout="constrained")
+    figure = Figure(figsize=(4.4 + 0.24 * longest, 1.6 + 0.23 * len(layers)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(table, cmap="Greys", vmin=0, vmax=1, aspect="auto")
-    for (row, column), value in np.ndenumerate(table):
-        if not np.isnan(value):
-            text = labels[layers[row]][column] if labels else f"{value:.2f}"
-            axes.text(
-                column, row, text, ha="center", va="center", fontsize=7, color="white" if value > 0.5 else "black"
-            )
-    axes.set_xticks(range(longest), range(1, longest + 1))
+    axes.set_xticks(range(longest), range(1, longest + 1), fontsize=8)
     axes.set_yticks(range(len(layers)), layers, fontsize=8)
-    axes.set_xlabel("Entry of the layer's menu")
+    axes.set_xlabel("Entry of the layer's menu, cheapest first")
     axes.set_ylabel("Layer")
+    if labels:
+        modes = [labels[layer][int(np.argmax(probabilities[layer]))] for layer in layers]
+        beside = axes.secondary_yaxis("right")
+        beside.set_yticks(range(len(layers)), modes, fontsize=7)
+        beside.set_ylabel("Most probable ranks", fontsize=9)
     figure.colorbar(image, ax=axes, label="Probability", pad=0.02)
     axes.set_title(title)
     return figure
@@ -113,26 +111,29 @@ def correlation(screened: Sequence[float], finetuned: Sequence[float], *, title:
 def latency_bars(
     seconds: Mapping[str, float],
     *,
-    baseline: str | None = None,
+    baseline: str | Mapping[str, str] | None = None,
     batch_size: int | None = None,
     spread: Mapping[str, tuple[float, float]] | None = None,
     title: str = "",
 ) -> Figure:
-    """Milliseconds per batch of each model; beside each bar its speed-up over the model named `baseline`.
+    """Milliseconds per batch of each model; beside each bar its speed-up.
 
     seconds: name -> median seconds per batch, all of one interleaved run.
+    baseline: the model that speed-ups are counted from; or, for each model, its own, such as the dense network in the
+        same runtime.
     spread: name -> (low, high) seconds, drawn as whiskers.
 
     Raises:
-        ValueError: `baseline` is not among the models.
+        ValueError: a baseline is not among the models.
     """
-    if baseline is not None and baseline not in seconds:
-        raise ValueError(f"baseline {baseline!r} was not measured; measured are {', '.join(seconds)}")
+    bases = dict.fromkeys(seconds, baseline) if isinstance(baseline, str) else dict(baseline or {})
+    if unknown := sorted(set(bases.values()) - set(seconds)):
+        raise ValueError(f"baseline {unknown[0]!r} was not measured; measured are {', '.join(seconds)}")
     figure = Figure(figsize=(7.5, 1.4 + 0.45 * len(seconds)), layout="constrained")
     axes = figure.subplots()
     places = range(len(seconds))
     values = [1000 * value for value in seconds.values()]
-    shades = ["white" if name == baseline else "0.6" for name in seconds]
+    shades = ["white" if bases.get(name) == name else "0.6" for name in seconds]
     axes.barh(places, values, color=shades, edgecolor="black", height=0.65)
     ends = dict(zip(seconds, values, strict=True))
     for place, name in enumerate(seconds):
@@ -140,13 +141,14 @@ def latency_bars(
             low, high = (1000 * edge for edge in spread[name])
             axes.plot([low, high], [place, place], color="black", linewidth=1.2, marker="|")
             ends[name] = max(ends[name], high)
-        ratio = f"  {seconds[baseline] / seconds[name]:.2f}x" if baseline else ""
+        ratio = f"  {seconds[bases[name]] / seconds[name]:.2f}x" if name in bases else ""
         axes.text(ends[name], place, f"  {1000 * seconds[name]:.3g} ms{ratio}", va="center", fontsize=9)
     axes.set_yticks(places, list(seconds))
     axes.invert_yaxis()
     axes.set_xlim(0, 1.3 * max(ends.values(), default=1.0))
     batch = f"batch of {batch_size}" if batch_size else "batch"
-    axes.set_xlabel(f"Milliseconds per {batch}" + (f"; factor: speed-up over {baseline}" if baseline else ""))
+    over = baseline if isinstance(baseline, str) else "dense in the same runtime"
+    axes.set_xlabel(f"Milliseconds per {batch}" + (f"; factor: speed-up over {over}" if bases else ""))
     axes.set_title(title)
     return figure
 

@@ -1,119 +1,173 @@
-"""Compressed models beside their dense ones on five measures at once. See `common.plots`."""
+"""Compressed models beside their dense ones on four measures at once, one small radar for each. See `plots`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.projections.polar import PolarAxes
 
-from .method_plots import LINES, MARKERS
+from .method_plots import MARKERS
 
-_RETENTION_SHOWN = (0.9, 1.0)
+_TIMES_SHOWN = (0.25, 64.0)
+_POINTS_SHOWN = (-4.0, 0.0)
+_ACROSS = 4
+"""Panels in one row of a figure."""
 
 
 @dataclass(frozen=True)
 class ModelResult:
     """A compressed model beside its dense one, for radar plots; reductions and accuracies are fractions.
 
-    speedup: dense time / compressed time, None where not measured.
+    speedup: dense time / compressed time, None where not measured. The accuracies are None where they are not known.
     """
 
     name: str
     params_reduction: float
     flops_reduction: float
-    accuracy: float
-    baseline_accuracy: float
-    compression_rate: float
+    accuracy: float | None = None
+    baseline_accuracy: float | None = None
     speedup: float | None = None
 
+    @property
+    def points(self) -> float | None:
+        """Accuracy minus the dense network's, in percentage points."""
+        if self.accuracy is None or self.baseline_accuracy is None:
+            return None
+        return 100 * (self.accuracy - self.baseline_accuracy)
 
-def radar(models: Sequence[ModelResult], *, title: str = "") -> Figure:
-    """Five measures of each model, every spoke with its scale; the dense model is the grey dashed line.
+
+def radar(
+    models: Sequence[ModelResult], *, published: Mapping[str, ModelResult] | None = None, title: str = ""
+) -> Figure:
+    """One radar per model, every spoke with its scale; the dense network is the grey dotted line.
+
+    published: name of a model -> figures of others for it, drawn dashed.
 
     A radar's area says nothing: show it with `radar_with_scatter`, or beside `accuracy_cost_scatter`.
     """
-    figure = Figure(figsize=(6.5, 6.2), layout="constrained")
-    _draw_radar(figure.add_subplot(projection="polar"), models)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    figure.suptitle(title)
-    return figure
-
-
-def radar_with_scatter(models: Sequence[ModelResult], *, title: str = "") -> Figure:
-    """The radar and, beside it, accuracy lost against FLOPs kept for the same models."""
-    figure = Figure(figsize=(12, 5.8), layout="constrained")
-    grid = figure.add_gridspec(1, 2, width_ratios=(1.1, 1))
-    polar = figure.add_subplot(grid[0], projection="polar")
-    _draw_radar(polar, models)
-    axes = figure.add_subplot(grid[1])
+    figure = _grid_figure(len(models), title)
     for place, model in enumerate(models):
-        axes.scatter(
-            100 * (1 - model.flops_reduction),
-            100 * (model.accuracy - model.baseline_accuracy),
-            s=70,
-            marker=MARKERS[place % len(MARKERS)],
-            color=f"C{place}",
-            edgecolors="black",
-        )
-    axes.scatter([100], [0], s=160, marker="*", color="white", edgecolors="black", label="dense baseline")
+        _draw_radar(figure.add_subplot(*_grid(len(models)), place + 1, projection="polar"), model, published or {})
+    _legend(figure)
+    return figure
+
+
+def radar_with_scatter(
+    models: Sequence[ModelResult], *, published: Mapping[str, ModelResult] | None = None, title: str = ""
+) -> Figure:
+    """The radars and, as the last panel, accuracy lost against FLOPs kept for the same models."""
+    panels = len(models) + 1
+    figure = _grid_figure(panels, title)
+    for place, model in enumerate(models):
+        _draw_radar(figure.add_subplot(*_grid(panels), place + 1, projection="polar"), model, published or {})
+    axes = figure.add_subplot(*_grid(panels), panels)
+    for place, model in enumerate(models):
+        if model.points is not None:
+            axes.scatter(
+                100 * (1 - model.flops_reduction), model.points, s=55, marker=MARKERS[place % len(MARKERS)],
+                color=f"C{place % 10}", edgecolors="black", label=model.name,
+            )  # fmt: skip
+    axes.scatter([100], [0], s=130, marker="*", color="white", edgecolors="black", label="dense baseline")
     axes.axhline(0, color="0.6", linestyle="--", linewidth=1)
-    axes.set_xlim(left=0, right=max(105.0, *axes.get_xlim()))
-    axes.set_xlabel("FLOPs kept, % of dense (multiply-accumulates)")
-    axes.set_ylabel("Accuracy minus dense accuracy, percentage points")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
+    axes.xaxis.set_minor_formatter(lambda value, position: "")
+    axes.set_xlabel("FLOPs kept, % of dense, log scale\n(multiply-accumulates)", fontsize=9)
+    axes.set_ylabel("Accuracy minus dense, points", fontsize=9)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    handles, labels = polar.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(models) + 1, 4), frameon=False)
+    axes.legend(fontsize=7, loc="best")
+    _legend(figure)
+    return figure
+
+
+def _grid(panels: int) -> tuple[int, int]:
+    across = min(panels, _ACROSS)
+    return -(-panels // across), across
+
+
+def _grid_figure(panels: int, title: str) -> Figure:
+    rows, across = _grid(panels)
+    figure = Figure(figsize=(max(3.4 * across, 4.5), 0.9 + 3.4 * rows), layout="constrained")
     figure.suptitle(title)
     return figure
 
 
-def _draw_radar(axes: PolarAxes, models: Sequence[ModelResult]) -> None:
+def _legend(figure: Figure) -> None:
+    """The kinds of lines, once for all panels, and what is cut off."""
+    entries = {
+        label: handle
+        for axes in figure.axes
+        if axes.name == "polar"
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    note = "values outside a spoke's scale are clipped to it"
+    figure.legend(entries.values(), entries, loc="outside lower center", ncols=4, frameon=False, fontsize=9, title=note,
+                  title_fontsize=8)  # fmt: skip
+
+
+def _draw_radar(axes: PolarAxes, model: ModelResult, published: Mapping[str, ModelResult]) -> None:
     """Spokes from 0 to 1; each label says which values these are."""
-    low, high = _RETENTION_SHOWN
-    fastest = max([1.0, *(model.speedup for model in models if model.speedup)])
-    smallest = max([1.0, *(model.compression_rate for model in models)])
+    least, most = (f"{value:g}" for value in _TIMES_SHOWN)
+    low, high = (f"{value:g}" for value in _POINTS_SHOWN)
     spokes = [
-        "Parameter reduction\n0 to 100 %",
-        "FLOPs reduction\n0 to 100 %",
-        f"Speed-up\n0 to {fastest:.2g}x",
-        f"Accuracy retention\n{low:.0%} to {high:.0%} of dense",
-        f"Compression rate\n1 to {smallest:.3g}x, log scale",
+        f"Parameters,\ntimes fewer\n{least} to {most}, log",
+        f"FLOPs, times fewer\n{least} to {most}, log",
+        f"Accuracy, points\n{low} to {high}",
+        f"Speed-up\n{least}x to {most}x, log",
     ]
     angles = np.linspace(0, 2 * np.pi, len(spokes), endpoint=False)
     closed = [*angles, angles[0]]
-    for place, model in enumerate(models):
-        values = _spoke_values(model, fastest, smallest)
-        name = model.name if model.speedup else f"{model.name} (speed-up not measured)"
-        axes.plot(closed, values, linewidth=1.6, markersize=5, label=name, clip_on=False, color=f"C{place}",
-                  linestyle=LINES[place % len(LINES)], marker=MARKERS[place % len(MARKERS)])  # fmt: skip
-        axes.fill(closed, values, color=f"C{place}", alpha=0.07)
-    dense = ModelResult("dense baseline", 0.0, 0.0, 1.0, 1.0, 1.0, 1.0)
-    axes.plot(closed, _spoke_values(dense, fastest, smallest), linewidth=1.4, color="0.4", linestyle=(0, (1, 1)),
-              label=dense.name, clip_on=False)  # fmt: skip
+    dense = ModelResult("dense baseline", 0.0, 0.0, 1.0, 1.0, 1.0)
+    lines = [(dense, "dense baseline", {"color": "0.45", "linestyle": ":"})]
+    if model.name in published:
+        lines.append((published[model.name], "published", {"color": "C1", "linestyle": "--", "marker": "s"}))
+    lines.append((model, "this repository", {"color": "C0", "linestyle": "-", "marker": "o"}))
+    for one, label, style in lines:
+        axes.plot(closed, _spoke_values(one), label=label, linewidth=1.5, markersize=4, clip_on=False, **style)
+    axes.fill(closed, _spoke_values(model), color="C0", alpha=0.08)
+    for angle, value, text in zip(angles, _spoke_values(model), _said(model), strict=False):
+        axes.annotate(text, (angle, value), textcoords="offset points", xytext=(4, 3), fontsize=8, color="C0")
     axes.set_theta_offset(np.pi / 2)
     axes.set_theta_direction(-1)
     axes.set_ylim(0, 1)
     axes.set_yticks([0.25, 0.5, 0.75, 1.0], labels=[])
-    axes.set_xticks(angles, spokes, fontsize=9)
+    axes.set_xticks(angles, spokes, fontsize=7)
     for label, angle in zip(axes.get_xticklabels(), angles, strict=True):
         # Labels grow away from the circle: to the right on its right side, to the left on its left side.
         side = math.sin(angle)
         label.set_horizontalalignment("left" if side > 0.1 else "right" if side < -0.1 else "center")
-    note = "values outside a spoke's scale are clipped to it"
-    axes.text(0.5, -0.17, note, transform=axes.transAxes, ha="center", fontsize=8, color="0.3")
+    unmeasured = "" if model.speedup else " (speed-up not measured)"
+    axes.set_title(f"{model.name}{unmeasured}", fontsize=9, pad=12)
 
 
-def _spoke_values(model: ModelResult, fastest: float, smallest: float) -> np.ndarray:
-    """The model's five values on spokes from 0 to 1, the first one repeated to close the line."""
-    low, high = _RETENTION_SHOWN
+def _said(model: ModelResult) -> list[str]:
+    """The model's own numbers, one for each spoke."""
+    fewer = [
+        1 / (1 - reduction) if reduction < 1 else math.inf
+        for reduction in (model.params_reduction, model.flops_reduction)
+    ]
+    return [
+        f"{fewer[0]:.3g}x",
+        f"{fewer[1]:.3g}x",
+        "" if model.points is None else f"{model.points:+.1f}",
+        f"{model.speedup:.2g}x" if model.speedup else "",
+    ]
+
+
+def _spoke_values(model: ModelResult) -> np.ndarray:
+    """The model's four values on spokes from 0 to 1, the first one repeated to close the line; NaN where unknown."""
+
+    def times(value: float | None) -> float:
+        least, most = _TIMES_SHOWN
+        return math.nan if not value else math.log(value / least) / math.log(most / least)
+
+    low, high = _POINTS_SHOWN
     values = [
-        model.params_reduction,
-        model.flops_reduction,
-        (model.speedup or 0.0) / fastest,
-        (model.accuracy / model.baseline_accuracy - low) / (high - low),
-        math.log(model.compression_rate) / math.log(smallest) if smallest > 1 else 0.0,
+        times(1 / max(1 - model.params_reduction, 1e-9)),
+        times(1 / max(1 - model.flops_reduction, 1e-9)),
+        math.nan if model.points is None else (model.points - low) / (high - low),
+        times(model.speedup) if model.speedup else 0.0,
     ]
     return np.clip([*values, values[0]], 0.0, 1.0)

@@ -10,24 +10,30 @@ from .log_format import record_problem
 from .log_reader import SCHEMA, VERSION, read_log, to_json
 
 
-def load_runs(inputs: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The runs in JSON files, logs and folders (their `*.json` that are of our schema), and a line per bad input."""
-    runs, problems = [], []
+def load_runs(inputs: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str], list[str]]:
+    """The runs in JSON files, logs and folders (their `*.json`), a line per bad input, and a line per file left aside.
+
+    A file that is JSON of another kind is left aside; it is a bad input only where nothing else was named.
+    """
+    runs, problems, aside = [], [], []
     for given in inputs:
-        found = sorted(given.glob("*.json")) if given.is_dir() else [given]
+        # Hidden files are somebody's temporary ones: a run that was killed in the middle of a write leaves them.
+        found = sorted(p for p in given.glob("*.json") if not p.name.startswith(".")) if given.is_dir() else [given]
         before = len(runs), len(problems)
         for path in found:
             try:
                 run = _load(path)
-                if run is None and not given.is_dir():
-                    raise ValueError(f"{path} is not JSON of schema {SCHEMA}; make it with jsonify_logs.py")
-                if run is not None:
+                if run is None:
+                    aside.append(f"{path} is left aside: it is not JSON of schema {SCHEMA}")
+                else:
                     runs.append(_with_baseline(run, path))
             except (OSError, ValueError) as error:
                 problems.append(str(error))
         if given.is_dir() and before == (len(runs), len(problems)):
             problems.append(f"no results in folder {given}; name JSON files or logs, or run jsonify_logs.py first")
-    return runs, problems
+    if not runs and not problems:
+        problems.append(f"nothing to show: {'; '.join(aside)}; make such JSON with jsonify_logs.py")
+    return runs, problems, aside
 
 
 def _load(path: Path) -> dict[str, Any] | None:
