@@ -54,15 +54,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2 if problems else 0
 
 
-def read_published(path: Path) -> dict[str, dict[str, float]]:
-    """Model family -> its published figures: params_reduction, flops_reduction, speedup.
+def read_published(path: Path) -> dict[tuple[str, str], dict[str, float]]:
+    """(data set, model family) -> published figures: params_reduction, flops_reduction, speedup.
 
     Raises:
         ValueError: the file is not such JSON.
     """
     try:
-        models = json.loads(path.read_text(encoding="utf-8"))["models"]
-        return {name: {key: float(one[key]) for key in PUBLISHED} for name, one in models.items()}
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            (content["dataset"], name): {key: float(one[key]) for key in PUBLISHED}
+            for name, one in content["models"].items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} does not hold published figures ({', '.join(PUBLISHED)} by model): {error}"
@@ -74,7 +77,7 @@ def draw(
     choices: Mapping[str, Sequence[Choice]],
     out: Path,
     tolerance: float,
-    published: Mapping[str, Mapping[str, float]] | None = None,
+    published: Mapping[tuple[str, str], Mapping[str, float]] | None = None,
 ) -> None:
     """Per group a scatter and the chosen ranks, and a radar for each group, as PNG in `out`."""
     from common.reports import plots
@@ -109,7 +112,7 @@ def draw(
         beside = {
             group.label: plots.ModelResult("published", **known)
             for group in groups
-            if (known := (published or {}).get(group.label.split(" ")[0]))
+            if (known := (published or {}).get((group.runs[0]["header"].get("dataset"), group.label.split(" ")[0])))
         }
         figure = plots.radar_with_scatter(models, published=beside, title="Best FLOPs reduction of each model")
         plots.save(figure, out / "radar.png")

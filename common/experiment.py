@@ -31,13 +31,15 @@ from .files import exclusive, write_text
 from .finetune import Baseline, baseline, recipe
 from .presets import RunSettings
 from .provenance import provenance
-from .ranks import CostMeasure, Menus, build_menus, time_menus
+from .ranks import CostMeasure, Menus, build_menus, meet_budget, time_menus
 from .reports import RunLog
 from .search import (
+    CandidateFailed,
     Finalist,
     FinetuneSettings,
     Record,
     Screener,
+    Screening,
     Search,
     SearchSettings,
     StepClock,
@@ -237,6 +239,33 @@ class Experiment:
         for finalist in finalists:
             self.solve_policies().log_once(self._timed(finalist, seconds))
         return DeployedSet(models, seconds, len(self._example))
+
+    @step
+    def screen_uniform(self) -> dict[float, Screening | str]:
+        """Budget -> what uniform ranks of the same cost screen at, on the same images; or why there are none.
+
+        A latency cost has no formula, so uniform ranks are then taken at that share of the FLOPs.
+        """
+        factors, screener = self.factorize(), self.make_screener()
+        cost = CostMeasure() if self.settings.cost == "latency" else self.price_menus()[1]
+        found: dict[float, Screening | str] = {}
+        for budget in self.settings.budgets:
+            try:
+                found[budget] = screener.screen(meet_budget("uniform", factors, budget, cost=cost))
+            except (CandidateFailed, ValueError) as reason:
+                found[budget] = str(reason)
+        return found
+
+    def best(self) -> Finalist:
+        """The finalist of fewest FLOPs among those that lose at most the tolerance on test.
+
+        Raises:
+            ValueError: there is none.
+        """
+        accepted = [one for one in self.finetune() if one.path is not None and one.record["accepted"]]
+        if not accepted:
+            raise ValueError(f"no finalist kept its accuracy within {self.settings.tolerance}: raise a budget")
+        return min(accepted, key=lambda one: one.record["flops"])
 
     def _timed(self, finalist: Finalist, seconds: dict[str, float]) -> dict[str, Any]:
         record = {**finalist.record, "baseline_inference_time": seconds["dense"]}

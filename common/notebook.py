@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
 
 from .compress import KernelFactors, MatrixFactors, ModelFactors
 from .configuration import KernelRanks, MatrixRanks
@@ -13,6 +17,7 @@ from .experiment import Experiment
 from .presets import RunSettings
 from .ranks import Menus, rank_grid
 from .reports import pareto_front
+from .reports.plots import classified
 from .search import Policy
 
 
@@ -48,6 +53,7 @@ def styled(table: pd.DataFrame) -> Any:
     formats |= {c: "{:.4f}" for c in table.columns if "accuracy" in c}
     formats |= {c: "{:.2f}x" for c in table.columns if c == "speed-up"}
     formats |= {c: "{:.2f}" for c in table.columns if c == "ms per batch"}
+    formats |= {c: "{:.4f}" for c in table.columns if "divergence" in c}
     return table.style.format(formats, na_rep="")
 
 
@@ -84,8 +90,7 @@ def spectra(factors: ModelFactors, layer: str) -> dict[str, list[float]]:
 def menu_labels(menus: Menus) -> dict[str, list[str]]:
     """Layer -> what each entry of its menu is called in a heat map."""
     return {
-        name: ["dense" if e.ranks is None else str(e.ranks).strip("()").replace(", ", "\n") for e in menu]
-        for name, menu in menus.items()
+        name: ["dense" if entry.ranks is None else str(entry.ranks) for entry in menu] for name, menu in menus.items()
     }
 
 
@@ -118,7 +123,7 @@ def candidate_table(records: Sequence[Mapping[str, Any]], factors: ModelFactors)
 
 
 def cost_table(seconds: Mapping[str, float]) -> pd.DataFrame:
-    """One row per step of a search with its minutes; see `common.search_cost.search_seconds`."""
+    """One row per step of a search with its time; see `common.search.clock.search_seconds`."""
     labels = {
         "factorize": "factorise the dense network once",
         "sensitivity": "measure sensitivities",
@@ -127,8 +132,47 @@ def cost_table(seconds: Mapping[str, float]) -> pd.DataFrame:
         "total": "the search, in all",
         "exhaustive": "fine-tuning every candidate instead (estimate)",
     }
-    rows = [(label, round(seconds[name] / 60, 1)) for name, label in labels.items() if name in seconds]
-    return pd.DataFrame(rows, columns=["step", "minutes"]).set_index("step")
+    rows = [(label, duration(seconds[name])) for name, label in labels.items() if name in seconds]
+    return pd.DataFrame(rows, columns=["step", "time"]).set_index("step")
+
+
+def duration(seconds: float) -> str:
+    """`4.2 s` up to two minutes, then `37 min`."""
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def against_uniform(experiment: Experiment) -> pd.DataFrame:
+    """One row per budget: what the policy's best candidate and uniform ranks of the same cost screen at."""
+    rows = []
+    for budget, uniform in experiment.screen_uniform().items():
+        own = [r for r in experiment.screen() if r["budget"] == budget and r["status"] == "screened"]
+        best = min(own, key=lambda record: record["divergence"], default=None)
+        row: dict[str, Any] = {"budget": budget}
+        if best is not None:
+            row |= {"policy: validation accuracy": best["val_accuracy"], "policy: divergence": best["divergence"]}
+        if isinstance(uniform, str):
+            row["uniform failed"] = uniform
+        else:
+            row |= {"uniform: validation accuracy": uniform.accuracy, "uniform: divergence": uniform.divergence}
+        rows.append(row)
+    return pd.DataFrame(rows).set_index("budget")
+
+
+def file_table(files: Mapping[str, Path]) -> pd.DataFrame:
+    """One row per file with its size."""
+    rows = [(name, str(path), f"{path.stat().st_size / 1e6:.2f} MB") for name, path in files.items()]
+    return pd.DataFrame(rows, columns=["what", "path", "size"]).set_index("what")
+
+
+def classify_one(experiment: Experiment, networks: Mapping[str, Callable[[Tensor], Tensor]]) -> Figure:
+    """The first image of the validation split, and what each network takes it for."""
+    dataset = experiment.load_data()
+    images = next(iter(dataset.val.batches(1))).images
+    with torch.no_grad():
+        probabilities = {name: run(images).float().softmax(1)[0].tolist() for name, run in networks.items()}
+    mean, std = (images.new_tensor(numbers).view(1, -1, 1, 1) for numbers in (dataset.mean, dataset.std))
+    picture = (images * std + mean).clamp(0, 1)[0].permute(1, 2, 0).cpu().numpy()
+    return classified(picture, probabilities, dataset.classes)
 
 
 def rank_rows(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, tuple[int, ...]]]:

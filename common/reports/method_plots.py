@@ -153,6 +153,30 @@ def latency_bars(
     return figure
 
 
+def classified(
+    image: np.ndarray, probabilities: Mapping[str, Sequence[float]], classes: Sequence[str], *, shown: int = 5
+) -> Figure:
+    """One image (H, W, 3), values in 0..1, and what each network (name -> class probabilities) takes it for."""
+    figure = Figure(figsize=(8, 2.9), layout="constrained")
+    picture, bars = figure.subplots(1, 2, width_ratios=(1, 2.4))
+    picture.imshow(image)
+    picture.set_xlabel("pixels, normalisation undone", fontsize=8)
+    picture.set_ylabel("pixels", fontsize=8)
+    highest = np.max([list(row) for row in probabilities.values()], axis=0)
+    best = np.argsort(highest)[::-1][:shown]
+    width = 0.8 / len(probabilities)
+    for place, (name, row) in enumerate(probabilities.items()):
+        bars.bar(np.arange(len(best)) + place * width, [row[at] for at in best], width, label=name,
+                 color=str(0.2 + 0.5 * place / max(len(probabilities) - 1, 1)), hatch=("", "///", "...")[place % 3],
+                 edgecolor="white", linewidth=0)  # fmt: skip
+    bars.set_xticks(np.arange(len(best)) + 0.4 - width / 2, [str(classes[at]) for at in best], fontsize=9)
+    bars.set_xlabel("Class")
+    bars.set_ylabel("Probability")
+    bars.set_ylim(0, 1)
+    bars.legend(fontsize=8)
+    return figure
+
+
 def _single_panel(title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(6.5, 4.4), layout="constrained")
     axes = figure.subplots()

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from ..files import atomic_path
 from .accuracy_plots import accuracy_cost_scatter
 from .method_plots import (
+    classified,
     correlation,
     error_against_rank,
     latency_bars,
@@ -24,6 +25,7 @@ from .rank_plots import layer_ranks
 __all__ = [
     "ModelResult",
     "accuracy_cost_scatter",
+    "classified",
     "correlation",
     "error_against_rank",
     "latency_bars",

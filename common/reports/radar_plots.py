@@ -12,7 +12,7 @@ from .method_plots import MARKERS
 
 _TIMES_SHOWN = (0.25, 64.0)
 _POINTS_SHOWN = (-4.0, 0.0)
-_ACROSS = 4
+_ACROSS = 3
 """Panels in one row of a figure."""
 
 
@@ -77,7 +77,7 @@ def radar_with_scatter(
     axes.set_xlabel("FLOPs kept, % of dense, log scale\n(multiply-accumulates)", fontsize=9)
     axes.set_ylabel("Accuracy minus dense, points", fontsize=9)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="best")
+    axes.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.5, -0.32), ncols=2, frameon=False)
     _legend(figure)
     return figure
 
@@ -89,7 +89,7 @@ def _grid(panels: int) -> tuple[int, int]:
 
 def _grid_figure(panels: int, title: str) -> Figure:
     rows, across = _grid(panels)
-    figure = Figure(figsize=(max(3.4 * across, 4.5), 0.9 + 3.4 * rows), layout="constrained")
+    figure = Figure(figsize=(max(3.2 * across, 5.5), 1.3 + 3.0 * rows), layout="constrained")
     figure.suptitle(title)
     return figure
 
@@ -102,21 +102,19 @@ def _legend(figure: Figure) -> None:
         if axes.name == "polar"
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    note = "values outside a spoke's scale are clipped to it"
+    least, most = (f"{value:g}" for value in _TIMES_SHOWN)
+    low, high = (f"{value:g}" for value in _POINTS_SHOWN)
+    note = (
+        f"Parameters and FLOPs: times fewer than dense; speed: times faster; all from {least}x to {most}x, log scale.\n"
+        f"Accuracy: points against dense, {low} to {high}. Values outside a scale are clipped to it."
+    )
     figure.legend(entries.values(), entries, loc="outside lower center", ncols=4, frameon=False, fontsize=9, title=note,
                   title_fontsize=8)  # fmt: skip
 
 
 def _draw_radar(axes: PolarAxes, model: ModelResult, published: Mapping[str, ModelResult]) -> None:
-    """Spokes from 0 to 1; each label says which values these are."""
-    least, most = (f"{value:g}" for value in _TIMES_SHOWN)
-    low, high = (f"{value:g}" for value in _POINTS_SHOWN)
-    spokes = [
-        f"Parameters,\ntimes fewer\n{least} to {most}, log",
-        f"FLOPs, times fewer\n{least} to {most}, log",
-        f"Accuracy, points\n{low} to {high}",
-        f"Speed-up\n{least}x to {most}x, log",
-    ]
+    """Spokes from 0 to 1; the legend says which values these are."""
+    spokes = ["parameters", "FLOPs", "accuracy", "speed"]
     angles = np.linspace(0, 2 * np.pi, len(spokes), endpoint=False)
     closed = [*angles, angles[0]]
     dense = ModelResult("dense baseline", 0.0, 0.0, 1.0, 1.0, 1.0)
@@ -128,12 +126,15 @@ def _draw_radar(axes: PolarAxes, model: ModelResult, published: Mapping[str, Mod
         axes.plot(closed, _spoke_values(one), label=label, linewidth=1.5, markersize=4, clip_on=False, **style)
     axes.fill(closed, _spoke_values(model), color="C0", alpha=0.08)
     for angle, value, text in zip(angles, _spoke_values(model), _said(model), strict=False):
-        axes.annotate(text, (angle, value), textcoords="offset points", xytext=(4, 3), fontsize=8, color="C0")
+        inside = {"textcoords": "offset points", "fontsize": 8, "color": "C0", "va": "center"}
+        shift = {0: (5, -9), 1: (-2, 9), 2: (5, 9), 3: (2, 9)}[round(angle / (np.pi / 2))]
+        align = {0: "left", 1: "right", 2: "left", 3: "left"}[round(angle / (np.pi / 2))]
+        axes.annotate(text, (angle, value), xytext=shift, ha=align, **inside)
     axes.set_theta_offset(np.pi / 2)
     axes.set_theta_direction(-1)
     axes.set_ylim(0, 1)
     axes.set_yticks([0.25, 0.5, 0.75, 1.0], labels=[])
-    axes.set_xticks(angles, spokes, fontsize=7)
+    axes.set_xticks(angles, spokes, fontsize=8)
     for label, angle in zip(axes.get_xticklabels(), angles, strict=True):
         # Labels grow away from the circle: to the right on its right side, to the left on its left side.
         side = math.sin(angle)
