@@ -18,6 +18,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import wraps
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -57,6 +58,20 @@ Result = TypeVar("Result")
 MOST_SENSITIVITY_IMAGES = 256
 """Measured sensitivities are averaged over a quarter of the calibration images, but no more than these; there is one
 pass per measured menu entry."""
+
+
+MAY_CHANGE = (
+    "candidates",
+    "promote",
+    "tolerance",
+    "latency_batch",
+    "runtime",
+    "folder",
+    "baselines",
+    "data_root",
+    "device",
+)
+"""Knobs that a run may be continued with another value of: the candidates that it has stay what they are."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +138,7 @@ class Experiment:
         s, dataset = self.settings, self.load_data()
         train = recipe(s.model, pretrained=s.weights != "none", train_images=len(dataset.train))
         train = replace(train, epochs=s.baseline_epochs, val_images=s.val_images, seed=s.split_seed)
-        return baseline(s.model, dataset, train, weights=s.weights, progress=self.progress)
+        return baseline(s.model, dataset, train, weights=s.weights, folder=Path(s.baselines), progress=self.progress)
 
     @step
     def draw_calibration(self) -> Tensor:
@@ -147,7 +162,8 @@ class Experiment:
         facts = provenance(self.device, s.seed)
         head = {"model": s.model, "dataset": s.dataset, "image_size": s.image_size, "preset": s.preset}
         settings = {name: value for name, value in s.rows() if name not in head and name not in facts}
-        log.header({**head, **facts, **settings, "full_ranks": str(factors.full_ranks())})
+        used = {"baseline_fingerprint": self.prepare_baseline().fingerprint, "full_ranks": str(factors.full_ranks())}
+        log.header({**head, **facts, **settings, **used})
         seconds = measure_latency({"dense": self._deploy_dense().run}, self._example)["dense"]
         accuracy = self.prepare_baseline().test_accuracy
         log.baseline(s.model, factors.dense_params, factors.dense_flops, accuracy, seconds)
@@ -301,7 +317,17 @@ class Experiment:
         Raises:
             ValueError: naming the folder and what differs.
         """
-        grows = ("candidates", "promote", "tolerance", "latency_batch", "runtime", "folder", "data_root", "device")
+        grows = (
+            "candidates",
+            "promote",
+            "tolerance",
+            "latency_batch",
+            "runtime",
+            "folder",
+            "baselines",
+            "data_root",
+            "device",
+        )
         own = {name: value for name, value in self.settings.rows() if name not in grows}
         own["baseline"] = _weights_digest(self.prepare_baseline().model)
         own = json.loads(json.dumps(own))

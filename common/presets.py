@@ -51,6 +51,7 @@ class RunSettings:
         split_seed: of the validation split, the training subset and the baseline's training. Runs that differ in `seed`
             alone share it: what one of them validates on was never trained on by their common baseline.
         folder: where the log and the state of the run go.
+        baselines: where checkpoints of dense networks lie.
     """
 
     model: str
@@ -79,6 +80,7 @@ class RunSettings:
     seed: int = 0
     split_seed: int = 0
     folder: str = "logs"
+    baselines: str = "finetuned/saved_models"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", canonical_name(self.model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,9 @@ from .splits import ImageFormat, Split
 
 MEMORY_LIMIT = 2 * 2**30
 """Bytes of decoded images above which a split stays on disk."""
+
+HASHED_FILES = 256
+"""Files whose bytes enter the digest of a split on disk, spread evenly over it; of the others, names and sizes."""
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -52,6 +56,13 @@ class StreamedSplit(Split):
         super().__init__(torch.empty(0, dtype=torch.uint8), labels, image_format)
         self._decoder = decoder
 
+    def _add_images(self, digest: hashlib._Hash) -> None:
+        files = self._decoder.files
+        for path in files:
+            digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}\n".encode())
+        for path in files[:: -(-len(files) // HASHED_FILES)]:
+            digest.update(path.read_bytes())
+
     def _raw_batches(self, chunks: list[Tensor]) -> Iterator[Tensor]:
         loader = DataLoader(
             self._decoder,
@@ -78,11 +89,25 @@ class _Decoder(torch.utils.data.Dataset):
         size, mode = self.image_format.image_size, "L" if self.image_format.channels == 1 else "RGB"
         try:
             with Image.open(self.files[row]) as image:
-                fitted = ImageOps.fit(image.convert(mode), (size, size), Image.Resampling.BILINEAR)
-        except (UnidentifiedImageError, OSError) as error:
+                fitted = ImageOps.fit(_eight_bits(image).convert(mode), (size, size), Image.Resampling.BILINEAR)
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"{self.files[row]} is not a readable image: {error}") from None
         pixels = torch.from_numpy(np.array(fitted))
         return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The image with 8 bits a channel: PIL would cut 16-bit shades off at 255.
+
+    Raises:
+        ValueError: pixels whose range the file does not say (32-bit integers, floating point).
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        shades = np.asarray(image, dtype=np.int64)
+        return Image.fromarray(((shades + 128) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are of mode {image.mode!r}, whose range is not known: save it with 8 or 16 bits")
+    return image
 
 
 def read_folder(path: Path, memory_limit: int) -> tuple[tuple[str, ...], FolderSource, FolderSource]:
@@ -102,7 +127,7 @@ def read_folder(path: Path, memory_limit: int) -> tuple[tuple[str, ...], FolderS
 def _class_names(folder: Path) -> tuple[str, ...]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: an image folder holds train/<class>/* and test/<class>/*")
-    names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
+    names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."))
     if not names:
         raise ValueError(f"{folder} is empty: it needs one folder of images per class")
     return names
@@ -112,12 +137,18 @@ def _list_files(folder: Path, classes: tuple[str, ...], memory_limit: int) -> Fo
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = sorted(file for file in (folder / name).rglob("*") if file.suffix.lower() in SUFFIXES)
+        found = sorted(file for file in (folder / name).rglob("*") if _is_image(file, folder))
         if not found:
             raise ValueError(f"{folder / name} has no image ({', '.join(SUFFIXES)})")
         files += found
         labels += [label] * len(found)
     return FolderSource(tuple(files), np.asarray(labels, dtype=np.int64), memory_limit)
+
+
+def _is_image(file: Path, folder: Path) -> bool:
+    """Whether this is a plain file with an image's suffix; hidden files and folders (`._a.png`, `.cache`) are not data."""
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return file.suffix.lower() in SUFFIXES and not hidden and file.is_file()
 
 
 def _workers(count: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -91,6 +92,7 @@ class Split:
         self.labels = labels
         self.format = image_format
         self._images = images
+        self._content: str | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -98,6 +100,20 @@ class Split:
     @property
     def device(self) -> torch.device:
         return self.labels.device
+
+    @property
+    def content(self) -> str:
+        """A digest of the images, as they were before any resizing, and of the labels, in their order."""
+        if self._content is None:
+            digest = hashlib.sha256(self.labels.cpu().numpy().tobytes())
+            self._add_images(digest)
+            self._content = digest.hexdigest()
+        return self._content
+
+    def _add_images(self, digest: hashlib._Hash) -> None:
+        digest.update(repr(tuple(self._images.shape)).encode())
+        for part in self._images.split(4096):
+            digest.update(part.cpu().contiguous().numpy().tobytes())
 
     def num_batches(self, batch_size: int, *, limit: int | None = None, drop_last: bool = False) -> int:
         """Count the batches that `batches` yields with the same arguments."""
@@ -162,4 +178,5 @@ class Split:
         count, channels, *size = self._images.shape
         side = self.format.image_size
         if size != [side, side] and count * channels * side * side <= CACHE_BYTES:
+            self._content = self.content  # while the images are as they came
             self._images = torch.cat([self.format.resize(part) for part in self._images.split(1024)])

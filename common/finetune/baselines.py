@@ -1,12 +1,22 @@
-"""The dense baselines that are compressed later: trained once, kept as checkpoints, loaded ever after."""
+"""The dense baselines that are compressed later: trained once, kept as checkpoints, loaded ever after.
+
+A checkpoint belongs to what it was made from: data, split, settings and starting weights have a fingerprint, which
+stands in its header. It is used where the fingerprint is the one that is asked for; otherwise another one is trained
+and kept beside it, under a name of its own.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import filelock
 import torch
 from torch import nn
 
@@ -36,6 +46,65 @@ class Baseline:
     val_accuracy: float
     test_accuracy: float
     trained_now: bool
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The baseline that is asked for: what it is made from, and where it lies."""
+
+    architecture: str
+    dataset: Dataset
+    settings: TrainSettings
+    weights: str
+    folder: Path
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Everything that the trained weights follow from."""
+        weights = self.weights
+        if Path(weights).is_file():
+            weights = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+        data = self.dataset
+        return {
+            "architecture": self.architecture,
+            "train": data.train.content,
+            "validation": data.val.content,
+            "test": data.test.content,
+            "classes": list(data.classes),
+            "image_size": data.image_size,
+            "mean": list(data.mean),
+            "std": list(data.std),
+            "settings": asdict(self.settings),
+            "weights": weights,
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def paths(self) -> tuple[Path, Path]:
+        """Where it may lie: under the plain name, or, where another one has that, under a name of its own."""
+        plain = checkpoint_path(self.architecture, self.dataset.name, self.dataset.image_size, self.folder)
+        return plain, plain.with_stem(f"{plain.stem}-{self.fingerprint[:8]}")
+
+    def matches(self, metadata: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint with this metadata is it. Checkpoints without a fingerprint are of earlier versions:
+        they are taken where all that they say agrees, and never for image folders, which they tell by a name only.
+        """
+        if "fingerprint" in metadata:
+            return metadata["fingerprint"] == self.fingerprint
+        settings = {**asdict(self.settings), **(metadata.get("settings") or {})}
+        agreeing = {
+            "dataset": self.dataset.name,
+            "image_size": self.dataset.image_size,
+            "weights": self.weights,
+            "train_images": len(self.dataset.train),
+            "val_images": len(self.dataset.val),
+        }
+        same = all(metadata.get(key) == value for key, value in agreeing.items())
+        return same and settings == asdict(self.settings) and not self.dataset.name.startswith("folder:")
 
 
 def checkpoint_path(architecture: str, dataset: str, image_size: int, folder: Path = SAVED_MODELS) -> Path:
@@ -53,24 +122,24 @@ def baseline(
     folder: Path = SAVED_MODELS,
     progress: bool = True,
 ) -> Baseline:
-    """Load the baseline's checkpoint, or train it when there is none, and say which.
+    """Load the checkpoint of just this baseline, or train it when there is none, and say which.
+
+    Args:
+        settings: None takes those of `recipe`.
 
     Raises:
-        ValueError: see `train_baseline`; or the checkpoint does not fit the data set.
+        ValueError: see `train_baseline`; or a checkpoint of this name is damaged.
     """
-    architecture = canonical_name(model_name)
-    path = checkpoint_path(architecture, dataset.name, dataset.image_size, folder)
-    if not path.exists():
-        print(f"No checkpoint at {path}: training {architecture} on {dataset.name} now.")
-        return train_baseline(architecture, dataset, settings, weights=weights, folder=folder, progress=progress)
-    model, metadata = load_checkpoint(
-        path, architecture=architecture, num_classes=dataset.num_classes, device=dataset.device
-    )
-    model = model.to(memory_format=torch.channels_last)  # as training leaves it
-    print(f"Loaded {architecture} for {dataset.name} from {path}.")
-    if "val_accuracy" not in metadata or "test_accuracy" not in metadata:
-        raise CheckpointError(f"{path} was not written by finetune_models.py: its accuracy is not recorded")
-    return Baseline(model, architecture, path, metadata["val_accuracy"], metadata["test_accuracy"], trained_now=False)
+    wanted = _wanted(model_name, dataset, settings, weights, folder)
+    with _alone(wanted.paths[0]):
+        for path in wanted.paths:
+            if path.exists() and (found := _loaded(wanted, path)) is not None:
+                print(f"Loaded {wanted.architecture} for {dataset.name} from {path}.")
+                return found
+        plain, own = wanted.paths
+        other = f"; the one in {plain} is of other data, settings or starting weights" if plain.exists() else ""
+        print(f"No checkpoint of this baseline{other}: training {wanted.architecture} on {dataset.name} now.")
+        return _trained(wanted, own if plain.exists() else plain, progress=progress)
 
 
 def train_baseline(
@@ -86,45 +155,88 @@ def train_baseline(
     """Train one network, read its test accuracy once at the end, and write checkpoint, curve and log.
 
     Args:
-        settings: None takes those of `common.train_settings.recipe`.
+        settings: None takes those of `recipe`.
         fresh: start over where an unfinished run was left; otherwise it is continued.
 
     Raises:
         ValueError: unknown model, images too small for it, an unfinished run of other settings.
         TrainingDiverged: the loss became NaN or infinite.
     """
+    wanted = _wanted(model_name, dataset, settings, weights, folder)
+    plain, own = wanted.paths
+    with _alone(plain):
+        taken = plain.exists() and _loaded(wanted, plain) is None
+        return _trained(wanted, own if taken else plain, fresh=fresh, progress=progress)
+
+
+def _wanted(model_name: str, dataset: Dataset, settings: TrainSettings | None, weights: str, folder: Path) -> _Wanted:
     architecture = canonical_name(model_name)
     settings = settings or recipe(architecture, pretrained=weights != "none", train_images=len(dataset.train))
-    path = checkpoint_path(architecture, dataset.name, dataset.image_size, folder)
-    unfinished = path.with_suffix(f".{Path(weights).stem}.unfinished.pt")
+    return _Wanted(architecture, dataset, settings, weights, Path(folder))
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold the baselines of one plain name: a second run waits until the first has trained, and then loads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path.with_name(f".{path.stem}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        print(f"Another process is at work on {path}: waiting for it.")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _loaded(wanted: _Wanted, path: Path) -> Baseline | None:
+    """The baseline in this file; None if it is another one."""
+    model, metadata = load_checkpoint(path, device=wanted.dataset.device)
+    if metadata["architecture"] != wanted.architecture or not wanted.matches(metadata):
+        return None
+    if "val_accuracy" not in metadata or "test_accuracy" not in metadata:
+        raise CheckpointError(f"{path} was not written by finetune_models.py: its accuracy is not recorded")
+    model = model.to(memory_format=torch.channels_last)  # as training leaves it
+    accuracies = metadata["val_accuracy"], metadata["test_accuracy"]
+    return Baseline(model, wanted.architecture, path, *accuracies, trained_now=False, fingerprint=wanted.fingerprint)
+
+
+def _trained(wanted: _Wanted, path: Path, *, fresh: bool = False, progress: bool = True) -> Baseline:
+    """Train it into this file, going on from where an earlier process was interrupted."""
+    dataset, settings = wanted.dataset, wanted.settings
+    unfinished = path.with_suffix(f".{Path(wanted.weights).stem}.unfinished.pt")
     if fresh:
         unfinished.unlink(missing_ok=True)
     model = build_model(
-        architecture,
+        wanted.architecture,
         dataset.num_classes,
-        weights=weights,
+        weights=wanted.weights,
         image_size=dataset.image_size,
         seed=settings.seed,
     )
     history = train(model, dataset, settings, checkpoint=unfinished, progress=progress)
     test = evaluate(model, dataset.test)
     record = {
-        "model": architecture,
+        "model": wanted.architecture,
         "dataset": dataset.name,
         "image_size": dataset.image_size,
-        "weights": weights,
+        "weights": wanted.weights,
         "train_images": len(dataset.train),
         "val_images": len(dataset.val),
         "test_images": len(dataset.test),
         "val_accuracy": history.epochs[-1].val_accuracy,
         "test_accuracy": test.accuracy,
+        "fingerprint": wanted.fingerprint,
         "settings": asdict(settings),
         "epochs": [asdict(epoch) for epoch in history.epochs],
         "provenance": provenance(dataset.device, settings.seed),
     }
     write_text(path.with_suffix(".json"), json.dumps(record, indent=2) + "\n")
     curve = [{key: epoch[key] for key in CURVE_KEYS} for epoch in record["epochs"]]
-    save(training_curve(curve, title=f"{architecture}, {dataset.name}"), path.with_suffix(".png"))
-    save_checkpoint(model, path, architecture=architecture, classes=dataset.classes, metadata=record)
+    save(training_curve(curve, title=f"{wanted.architecture}, {dataset.name}"), path.with_suffix(".png"))
+    save_checkpoint(model, path, architecture=wanted.architecture, classes=dataset.classes, metadata=record)
     unfinished.unlink(missing_ok=True)
-    return Baseline(model, architecture, path, record["val_accuracy"], test.accuracy, trained_now=True)
+    accuracies = record["val_accuracy"], test.accuracy
+    return Baseline(model, wanted.architecture, path, *accuracies, trained_now=True, fingerprint=wanted.fingerprint)

@@ -1,13 +1,8 @@
-"""Measure a network on a split: accuracy, loss, outputs. Nothing here trains or changes a model.
-
-Networks are trained and evaluated in bfloat16 where the hardware has it; factorisation, screening and deployment are
-in float32.
-"""
+"""Measure a network on a split: accuracy, loss, outputs. Nothing here trains or changes a model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -19,6 +14,7 @@ from torch import Tensor, nn
 from ..data import Dataset, Split
 from ..files import atomic_path
 from ..modules import evaluating, evaluation_batch
+from .precision import autocast
 
 
 @dataclass(frozen=True)
@@ -95,17 +91,3 @@ def teacher_logits(model: nn.Module, dataset: Dataset, folder: Path) -> Tensor:
     with atomic_path(path) as temporary:
         save_file({"logits": logits.cpu()}, temporary)
     return logits
-
-
-def autocast(device: torch.device, wanted: bool | None = None) -> torch.autocast:
-    """bfloat16 autocast inside. wanted: None asks for it on CUDA and on processors that have bfloat16."""
-    if wanted is None:
-        wanted = device.type == "cuda" or (device.type == "cpu" and _cpu_has_bfloat16())
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)
-
-
-@cache
-def _cpu_has_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 in hardware; elsewhere autocast would only cost time."""
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 to 2.9 cannot tell
-    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))

@@ -15,24 +15,14 @@ from torch.backends import cudnn
 from tqdm import tqdm
 
 from ..data import Batch, Dataset, Split
-from ..modules import evaluating
-from .evaluation import Evaluation, autocast, check_head, evaluate, predict_logits
-from .settings import TrainSettings, recipe
-from .state import StateMismatch, TrainState, fingerprint
+from .evaluation import check_head, evaluate
+from .precision import autocast
+from .settings import TrainSettings
+from .state import TrainState, fingerprint
 
-__all__ = [
-    "EpochRecord",
-    "Evaluation",
-    "StateMismatch",
-    "TrainHistory",
-    "TrainSettings",
-    "TrainingDiverged",
-    "evaluate",
-    "evaluating",
-    "predict_logits",
-    "recipe",
-    "train",
-]
+CHECKPOINT_PAUSE, QUICK_CHECKPOINT = 20, 0.5
+"""A checkpoint that took more than QUICK_CHECKPOINT seconds to write (VGG16's are of 1.6 GB) is followed by the next one
+after CHECKPOINT_PAUSE times as long."""
 
 LOSS_CHECK_INTERVAL = 20
 """Batches between looks at the loss: each look makes a GPU wait."""
@@ -80,7 +70,8 @@ def train(
 
     Args:
         teacher_logits: (N_train, classes), from `predict_logits` on the training split; used with distill_weight.
-        checkpoint: file written after each epoch; a run that finds it continues from it.
+        checkpoint: file written after each epoch; a run that finds it continues from it. Where writing it takes long
+            beside the epochs, some are skipped.
         progress: show a bar.
         on_epoch: called after each epoch; False ends the training.
 
@@ -97,7 +88,7 @@ def train(
     state = TrainState(model, optimizer, fingerprint(settings, dataset, teacher_logits))
     records = [EpochRecord(**record) for record in state.load(checkpoint)] if checkpoint else []
     bar = tqdm(total=steps * settings.epochs, initial=steps * len(records), unit="batch", disable=not progress)
-    stopped = False
+    stopped, next_save = False, 0.0
     with bar, _reproducible(dataset.device):
         for epoch in range(len(records), settings.epochs):
             bar.set_description(f"epoch {epoch + 1}/{settings.epochs}")
@@ -107,8 +98,11 @@ def train(
             seconds = time.perf_counter() - started
             records.append(EpochRecord(epoch + 1, train_loss, found.accuracy, found.loss, seconds))
             bar.set_postfix(loss=f"{train_loss:.4f}", val=f"{found.accuracy:.4f}")
-            if checkpoint:
+            if checkpoint and time.perf_counter() >= next_save:
+                began = time.perf_counter()
                 state.save(checkpoint, [asdict(record) for record in records])
+                took = time.perf_counter() - began
+                next_save = time.perf_counter() + (CHECKPOINT_PAUSE * took if took > QUICK_CHECKPOINT else 0)
             if on_epoch and on_epoch(records[-1]) is False:
                 stopped = epoch + 1 < settings.epochs
                 break

@@ -345,7 +345,7 @@ def test_baseline_trains_once_then_loads(digits, tmp_path, capsys):
     assert (first.trained_now, again.trained_now) == (True, False)
     assert (again.val_accuracy, again.test_accuracy) == (first.val_accuracy, first.test_accuracy)
     assert again.test_accuracy == evaluate(again.model, digits.test).accuracy
-    names = {path.name for path in tmp_path.iterdir()}
+    names = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
     assert names == {f"resnet18_digits_8.{suffix}" for suffix in ("safetensors", "png", "json")}
     record = json.loads((tmp_path / "resnet18_digits_8.json").read_text())
     assert record["test_accuracy"] == first.test_accuracy
