@@ -317,18 +317,7 @@ class Experiment:
         Raises:
             ValueError: naming the folder and what differs.
         """
-        grows = (
-            "candidates",
-            "promote",
-            "tolerance",
-            "latency_batch",
-            "runtime",
-            "folder",
-            "baselines",
-            "data_root",
-            "device",
-        )
-        own = {name: value for name, value in self.settings.rows() if name not in grows}
+        own = {name: value for name, value in self.settings.rows() if name not in MAY_CHANGE}
         own["baseline"] = _weights_digest(self.prepare_baseline().model)
         own = json.loads(json.dumps(own))
         path = self.settings.state_folder / "settings.json"

@@ -1,13 +1,12 @@
 """MenuCosts: counts against hand computation and published figures, and the fairness of the timer."""
 
-import time
-
 import numpy as np
 import pytest
 import torch
 import torchvision
 from torch import nn
 
+from common import cost
 from common.cost import (
     Latency,
     count_flops,
@@ -145,37 +144,48 @@ def test_lazy_parameters_have_no_count():
 # --- latency
 
 
-def recording(name, calls, seconds=0.006):
-    """A fake model that notes its call and takes longer than the shortest sample, so that one call is one sample."""
+class Clock:
+    """Stands in for the clock of `common.cost`: time passes only while a fake model runs."""
 
-    def run(_example):
-        calls.append(name)
-        time.sleep(seconds)
+    def __init__(self):
+        self.now, self.calls = 0.0, []
 
-    return run
+    def perf_counter(self):
+        return self.now
+
+    def model(self, name, seconds):
+        def run(_example):
+            self.calls.append(name)
+            self.now += seconds
+
+        return run
 
 
-def test_every_round_times_every_model_in_rotated_order():
-    calls = []
-    models = {name: recording(name, calls) for name in "abc"}
+@pytest.fixture
+def clock(monkeypatch):
+    own = Clock()
+    monkeypatch.setattr(cost, "time", own)
+    return own
+
+
+def test_every_round_times_every_model_in_rotated_order(clock):
+    models = {name: clock.model(name, 0.006) for name in "abc"}  # longer than the shortest sample: one call is one
     samples = latency_samples(models, torch.zeros(2, 3), rounds=4, warmup=2)
-    assert "".join(calls) == "aabbcc" + "abc" + "bca" + "cab" + "abc"
+    assert "".join(clock.calls) == "aabbcc" + "abc" + "bca" + "cab" + "abc"
     assert {name: len(values) for name, values in samples.items()} == {"a": 4, "b": 4, "c": 4}
 
 
-def test_a_model_that_takes_twice_as_long_measures_twice():
-    models = {"fast": lambda _: time.sleep(0.01), "slow": lambda _: time.sleep(0.02)}
+def test_a_model_that_takes_twice_as_long_measures_twice(clock):
+    models = {"fast": clock.model("fast", 0.01), "slow": clock.model("slow", 0.02)}
     latency = measure_latency(models, np.zeros((2, 3)), rounds=7)
-    assert latency["fast"] == pytest.approx(0.01, rel=0.3)
-    assert latency["slow"] / latency["fast"] == pytest.approx(2, rel=0.2)
+    assert latency["fast"] == pytest.approx(0.01)
+    assert latency["slow"] == pytest.approx(0.02)
 
 
-def test_short_calls_are_repeated_within_a_sample_and_reported_per_call():
-    calls = []
-    models = {"short": recording("short", calls, seconds=0.0005)}
-    (sample,) = latency_samples(models, torch.zeros(1), rounds=1)["short"]
-    assert len(calls) - 3 >= 2
-    assert 0.0005 <= sample < 0.005
+def test_short_calls_are_repeated_within_a_sample_and_reported_per_call(clock):
+    (sample,) = latency_samples({"short": clock.model("short", 0.0005)}, torch.zeros(1), rounds=1)["short"]
+    assert len(clock.calls) == 3 + 10  # the warm-up, and as many as fill five milliseconds
+    assert sample == pytest.approx(0.0005)
 
 
 def test_modules_run_in_eval_and_inference_mode_and_are_restored():

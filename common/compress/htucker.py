@@ -197,7 +197,8 @@ class HTucker:
         if len(node) == 1:
             return self.bases[node[0]]
         left, right = (self._node_basis(child) for child in self.tree.children[node])
-        basis = torch.einsum("ia,jb,abr->ijr", left, right, self.transfers[node])
+        # One child at a time: a single einsum would form all of (i, j, a, b) on the way.
+        basis = torch.einsum("ibr,jb->ijr", torch.einsum("ia,abr->ibr", left, self.transfers[node]), right)
         return basis.reshape(-1, basis.shape[2])
 
 

@@ -21,8 +21,8 @@ from .settings import TrainSettings
 from .state import TrainState, fingerprint
 
 CHECKPOINT_PAUSE, QUICK_CHECKPOINT = 20, 0.5
-"""A checkpoint that took more than QUICK_CHECKPOINT seconds to write (VGG16's are of 1.6 GB) is followed by the next one
-after CHECKPOINT_PAUSE times as long."""
+"""After a checkpoint that took more than QUICK_CHECKPOINT seconds to write (VGG16's are of 1.6 GB), the next one waits
+CHECKPOINT_PAUSE times as long."""
 
 LOSS_CHECK_INTERVAL = 20
 """Batches between looks at the loss: each look makes a GPU wait."""

@@ -1,11 +1,14 @@
 """The comparison of rank rules: rows in, table, correlations and hypervolume out; and one small run of it."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import rank_selection
 from benchmarks.rank_selection_report import correlations, hypervolume, lead_table, params_table, rule_table
+from common.reports import RunLog
+from common.search import Search, SearchSettings
 
 
 def row(name, seed, budget, screened, tested):
@@ -75,3 +78,21 @@ def test_a_small_comparison_runs_and_does_nothing_twice(tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"accuracy.png", "screening.png"}
     assert rank_selection.main(command) == 0
     assert json.loads((tmp_path / "out" / "rows.json").read_text())["rows"] == content["rows"]
+
+
+@pytest.mark.parametrize("kind", ["policy", "random"])
+def test_the_benchmark_searches_as_a_run_does(kind, tmp_path, screener, menus, sensitivity):
+    """Same seed and budget: the same candidates, kept in memory or in a folder, and the best of them is the choice."""
+    settings = SearchSettings(budgets=(0.4,), candidates=5, sampler=kind, seed=2)
+    with RunLog(tmp_path / "run.log") as log:
+        run = Search(screener, menus, sensitivity, settings, tmp_path / "state", log).run(progress=False)
+    memory = Search(screener, menus, sensitivity, settings).run(progress=False)
+    assert [record["config"] for record in memory] == [record["config"] for record in run]
+    bench = SimpleNamespace(
+        screener=screener, menus=menus, sensitivities={"blended": sensitivity}, seed=2,
+        options=SimpleNamespace(evaluations=5),
+    )  # fmt: skip
+    config, found, evaluations = rank_selection.sampler_choice(bench, kind, 0.4)
+    best = min(run, key=lambda record: record["divergence"])
+    assert (config, evaluations) == (best["config"], 5)
+    assert (found.accuracy, found.divergence) == (best["val_accuracy"], best["divergence"])

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -12,8 +13,10 @@ from common.compress import KernelFactors, MatrixFactors, factorize
 from common.compress.decompose import BASES, WHITENING_FLOOR
 from common.compress.factors import KERNEL_TREE
 from common.compress.htucker import error_bound, mode_product, node_singular_values
+from common.compress.layers import merge_stages
 from common.configuration import KernelRanks, MatrixRanks
 from common.cost import count_flops, count_params
+from common.ranks import build_menus
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 SIZE = (9, 10)
@@ -514,3 +517,61 @@ def test_illegal_matrix_ranks_are_refused_by_name_value_and_range(ranks, message
     for use in (factors.check, factors.layer, factors.output_error):
         with pytest.raises(ValueError, match=message):
             use(ranks)
+
+
+# --- the hierarchical Tucker tensor that a kernel's factors are ------------------------------------------------------
+
+
+def dense_kernel(layer) -> Tensor:
+    """The kernel that a factorised layer convolves with, all stages contracted."""
+    whole = ("in", "row", "col", "out")
+    return merge_stages(layer.weights(), [whole])[whole]
+
+
+@pytest.mark.parametrize("ranks", [KernelRanks(5, 9, 7), KernelRanks(1, 1, 1), KernelRanks(12, 20, 36)])
+def test_the_tensor_is_the_kernel_that_the_layer_convolves_with(factors, ranks):
+    own = factors.layers["4"]
+    tensor = own.as_htucker(ranks)
+    assert tensor.shape == own.shape == (36, 12, 3, 3)
+    assert tensor.ranks == {(1, 2): ranks.rank_mid, (3, 0): ranks.rank_mid, (1,): ranks.rank_in, (2,): 3, (3,): 3,
+                            (0,): ranks.rank_out}  # fmt: skip
+    kernel = dense_kernel(own.layer(ranks))
+    assert (tensor.to_dense() - kernel).abs().max() <= 1e-5 * kernel.abs().max()
+
+
+def test_the_tensor_shares_nothing_with_the_factors(factors):
+    own = factors.layers["4"]
+    before = own.core.clone(), own.reduce.clone()
+    tensor = own.as_htucker(KernelRanks(5, 9, 7))
+    for part in (*tensor.bases.values(), *tensor.transfers.values()):
+        part.zero_()
+    assert torch.equal(own.core, before[0])
+    assert torch.equal(own.reduce, before[1])
+
+
+def test_a_printed_tensor_draws_its_tree_with_ranks_and_shapes(factors):
+    lines = str(factors.layers["4"].as_htucker(KernelRanks(5, 9, 7))).splitlines()
+    assert lines[0].startswith("36 x 12 x 3 x 3 in hierarchical Tucker format")
+    assert [line.split("(")[1].split(")")[0] for line in lines[1:]] == [
+        "in, kh, kw, out", "in, kh", "in", "kh", "kw, out", "kw", "out",
+    ]  # fmt: skip
+    assert "rank    9   B: 5 x 3 x 9" in lines[2]
+    assert "rank    5   U: 12 x 5" in lines[3]
+
+
+@pytest.mark.parametrize("name", ["alexnet", "resnet18", "vgg16"])
+def test_every_menu_entry_of_the_three_networks_keeps_the_bound_of_the_hsvd(name):
+    """Weight-only factors: the kernel's error is at most the root of the summed squared discarded singular values."""
+    model = torchvision.models.get_model(name, num_classes=10).eval()
+    convolutions = [n for n, m in model.named_modules() if type(m) is nn.Conv2d and m.kernel_size != (1, 1)]
+    whole = factorize(model, input_shape=(3, 64, 64), layers=convolutions)
+    entries = 0
+    for layer, menu in build_menus(whole).items():
+        kernel = model.get_submodule(layer).weight.detach()
+        spectra = node_singular_values(kernel, KERNEL_TREE)
+        for entry in menu[:-1]:
+            tensor = whole.layers[layer].as_htucker(entry.ranks)
+            bound = error_bound(spectra, tensor.ranks, KERNEL_TREE)
+            assert (tensor.to_dense() - kernel).norm() <= bound * (1 + 1e-4) + 1e-4 * kernel.norm(), (layer, entry)
+            entries += 1
+    assert entries > 3 * len(convolutions)

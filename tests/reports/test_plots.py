@@ -172,3 +172,9 @@ def test_plots_touch_neither_pyplot_nor_torch():
     code = "import sys, common.reports.plots; print('matplotlib.pyplot' in sys.modules, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_the_face_of_the_reports_imports_neither_torch_nor_matplotlib():
+    code = "import sys, common.reports; print([m for m in ('torch', 'matplotlib', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -45,10 +45,6 @@ PUBLISHED = {
 }
 
 
-def test_the_repository_is_up_to_date():
-    assert update_docs.main(["--check"]) == 0
-
-
 @pytest.fixture
 def repository(tmp_path):
     """A copy of the documents and of what they are made from."""
