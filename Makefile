@@ -23,11 +23,11 @@ $(STAMP): requirements.txt constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
 	@touch $@
 
-demo: $(STAMP)  ## ResNet18 on scikit-learn's digits: notebook, log, JSON, table and plots under results/demo/
-	mkdir -p results/demo
-	$(BIN)/papermill htd-resnet-res.ipynb results/demo/htd-resnet-res.ipynb -p PRESET quick -p FOLDER results/demo/logs
-	$(BIN)/python jsonify_logs.py results/demo/logs --out results/demo
-	$(BIN)/python analyze_results.py results/demo --out results/demo
+demo: $(STAMP)  ## ResNet18 on scikit-learn's digits: notebook, log, JSON, table and plots under analysis/demo/
+	mkdir -p analysis/demo
+	$(BIN)/papermill htd-resnet-res.ipynb analysis/demo/htd-resnet-res.ipynb -p PRESET quick -p FOLDER analysis/demo/logs
+	$(BIN)/python jsonify_logs.py analysis/demo/logs --out analysis/demo
+	$(BIN)/python analyze_results.py analysis/demo --out analysis/demo
 
 row: $(STAMP)  ## ResNet18 on Fashion-MNIST in the README's tables: 32 px, from $HTD_DATA or downloaded
 	mkdir -p logs/row
@@ -38,16 +38,20 @@ row: $(STAMP)  ## ResNet18 on Fashion-MNIST in the README's tables: 32 px, from 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest
 
-lint: $(STAMP)  ## ruff: check and format check
+lint: $(STAMP)  ## ruff, the direction of imports, nothing stray in git, documents made from their files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/python tools/check_tree.py
+	$(BIN)/python tools/update_docs.py --check
 
-notebooks: $(STAMP)  ## run the notebooks in place with PRESET (quick by default)
-	for notebook in $(NOTEBOOKS); do $(BIN)/papermill $$notebook $$notebook -p PRESET $(PRESET) || exit 1; done
+notebooks: $(STAMP)  ## run the notebooks with PRESET (quick by default), executed copies under analysis/
+	mkdir -p analysis
+	for notebook in $(NOTEBOOKS); do $(BIN)/papermill $$notebook analysis/$$notebook -p PRESET $(PRESET) || exit 1; done
 
 documents: $(STAMP)  ## put the measured parts of README and docs/ there anew from results/
-	$(BIN)/python update_docs.py
+	$(BIN)/python tools/update_docs.py
 
 clean:  ## remove what the commands made, .venv included; trained baselines stay
-	rm -rf $(VENV) results/demo .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) analysis/demo .pytest_cache .import_linter_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

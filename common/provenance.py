@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ def provenance(device: str | torch.device, seed: int) -> dict:
 def command() -> str:
     """The command line of this process; a notebook's kernel has none that anyone could give again."""
     name = Path(sys.argv[0]).name
-    return "notebook" if name.startswith("ipykernel") else " ".join([name, *sys.argv[1:]])
+    return "notebook" if name.startswith("ipykernel") else shlex.join([name, *sys.argv[1:]])
 
 
 def cpu_model() -> str:

@@ -10,8 +10,6 @@ from hypothesis import strategies as st
 from common.configuration import Configuration, KernelRanks, MatrixRanks, parse_config_str
 
 NAMES = st.text(st.characters(min_codepoint=33, max_codepoint=126, exclude_characters=":,()"), min_size=1)
-    st.characters(codec="ascii", min_codepoint=33, max_codepoint=126, exclude_characters=":,()"), min_size=1
-)
 RANKS = st.one_of(
     st.builds(MatrixRanks, st.integers(1, 9999)),
     st.builds(KernelRanks, st.integers(1, 999), st.integers(1, 999), st.integers(1, 999)),

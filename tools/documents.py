@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,9 @@ RUN_FOLDER = re.compile(r"(digits|mnist|fashion-mnist|cifar10)-\d+")
 MARKER = re.compile(r"<!-- (?P<name>[\w-]+):begin -->\n(?P<text>.*?)<!-- (?P=name):end -->", re.DOTALL)
 MEASURED = re.compile(r"\d[\d.,]*(?:x\b|\s?(?:%|points?\b|minutes?\b|seconds?\b|ms\b|MB\b))")
 """What a measured figure looks like. Outside the markers there may be none, unless the line says it is a knob."""
+
+UNTOLD_KNOBS = ("PROGRESS", "FOLDER", "BASELINES")
+"""Knobs of a notebook that change nothing in its results."""
 
 Run = Mapping[str, Any]
 
@@ -73,6 +77,90 @@ def headline(runs: Sequence[Run], tolerance: float) -> str:
     groups = group_runs(runs)
     rows = [choice.cells() for group in groups for choice in choose(group, tolerance)]
     return render(rows, caption(groups, tolerance), "md")
+
+
+def networks(runs: Sequence[Run], dataset: str) -> str:
+    """One row per network on one data set, at the largest size that was run: dense -> its smallest accepted candidate.
+
+    Where a setting was run with several seeds, the figures are means, and the last column counts them.
+    """
+    rows, machines = [], []
+    for group in group_runs([run for run in largest(runs) if run["header"]["dataset"] == dataset]):
+        found = [best for run in group.runs if (best := _smallest(group, run)) is not None]
+        if not found:
+            rows.append([_title(group), "none within tolerance", "-", "-", "-", "-", "-"])
+            continue
+        mean = statistics.mean
+        rows.append(
+            [
+                _title(group),
+                f"{group.runs[0]['header']['image_size']} px",
+                _shrunk(found[0].baseline["params"], mean(one.record["params"] for one in found)),
+                _shrunk(found[0].baseline["flops"], mean(one.record["flops"] for one in found)),
+                f"{mean(one.baseline['accuracy'] for one in found):.4f} → "
+                f"{mean(one.record['accuracy'] for one in found):.4f}",
+                f"{mean(one.speedup for one in found if one.speedup):.1f}x",
+                str(len(found)),
+            ]
+        )
+        machines += [_machine(run["header"]) for run in group.runs]
+    heads = ["network", "images", "parameters", "FLOPs", "test accuracy", "speed-up", "seeds"]
+    table = tabulate(rows, headers=heads, tablefmt="github", disable_numparse=True)
+    return f"{table}\n\n{'; '.join(dict.fromkeys(machines))}."
+
+
+def _smallest(group: Group, run: Run) -> Candidate | None:
+    choices = choose(Group(group.label, (run,)), STRICT)
+    return next(choice.best for choice in choices if choice.criterion == "Best FLOPs Red.")
+
+
+def _title(group: Group) -> str:
+    return {"alexnet": "AlexNet", "resnet18": "ResNet18", "vgg16": "VGG16"}.get(
+        group.runs[0]["header"]["model"], group.runs[0]["header"]["model"]
+    )
+
+
+def _shrunk(dense: float, compressed: float) -> str:
+    return f"{_engineering(dense)} → {_engineering(compressed)} ({dense / compressed:.0f}x)"
+
+
+def _engineering(value: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f}"
+
+
+def _machine(head: Mapping[str, Any]) -> str:
+    versions = head["versions"]
+    return (
+        f"{head['machine']}, {head['threads']} threads; speed in {head['runtime']} {versions['onnxruntime']}, "
+        f"batch {head['latency_batch']}, dense and compressed interleaved"
+    )
+
+
+def fine_tuned(content: Mapping[str, Any]) -> str:
+    """Test accuracy after fine-tuning of each rank rule at each budget: mean and spread over the seeds."""
+    rows = [row for row in content["rows"] if row["table"] == "rules" and row.get("test_accuracy") is not None]
+    budgets = sorted({row["budget"] for row in rows}, reverse=True)
+    lines = []
+    for name in dict.fromkeys(row["name"] for row in rows):
+        values = [[r["test_accuracy"] for r in rows if (r["name"], r["budget"]) == (name, b)] for b in budgets]
+        lines.append([name, *(_mean_spread(found) for found in values)])
+    heads = ["ranks from", *(f"{budget:.0%} of the FLOPs" for budget in budgets)]
+    table = tabulate(lines, headers=heads, tablefmt="github", disable_numparse=True)
+    return f"{table}\n\nDense: {content['dense_test']:.4f}. Mean ± standard deviation of {_seeds(rows)} seeds."
+
+
+def _mean_spread(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{spread}"
+
+
+def _seeds(rows: Sequence[Mapping[str, Any]]) -> int:
+    return len({row["seed"] for row in rows})
 
 
 def origin(runs: Sequence[Run]) -> str:
@@ -199,7 +287,7 @@ def commands(results: Path) -> str:
     """Every measurement under results/: what, the command, and the minutes that it took, as the files say."""
     rows = []
     for name, minutes in read_json(results / "timings.json")["minutes"].items():
-        rows.append([f"`{name}`, after `make setup`", f"`{name}`", f"{minutes:.0f}"])
+        rows.append([f"{name.partition(' ')[0]}, after `make setup`", f"`{name}`", f"{minutes:.0f}"])
     for folder in run_folders(results):
         for path in sorted(folder.glob("baseline-*.json")):
             rows.append(_baseline_command(folder.name, read_json(path)))
@@ -218,15 +306,22 @@ def commands(results: Path) -> str:
 
 def _baseline_command(folder: str, record: Mapping[str, Any]) -> list[str]:
     settings = record["settings"]
-    options = f"--model {record['model']} --dataset {record['dataset']} --image-size {record['image_size']}"
-    options += f" --epochs {settings['epochs']} --train-limit {record['train_images']}"
-    options += f" --batch-size {settings['batch_size']} --learning-rate {settings['learning_rate']:g}"
+    options = {
+        "--model": record["model"],
+        "--dataset": record["dataset"],
+        "--image-size": record["image_size"],
+        "--epochs": settings["epochs"],
+        "--train-limit": record["train_images"],
+        "--batch-size": settings["batch_size"],
+        "--learning-rate": f"{settings['learning_rate']:g}",
+    }
     if settings.get("val_images"):
-        options += f" --val-images {settings['val_images']}"
+        options["--val-images"] = settings["val_images"]
     if record["weights"] != "none":
-        options += f" --weights {record['weights']}"
+        options["--weights"] = record["weights"]
+    words = [str(word) for option in options.items() for word in option]
+    command = f"`{shlex.join(['python', 'finetuned/finetune_models.py', *words])}`"
     minutes = sum(epoch["seconds"] for epoch in record["epochs"]) / 60
-    command = f"`python finetuned/finetune_models.py {options}`"
     size = "" if folder.endswith(f"-{record['image_size']}") else f", first at {record['image_size']} px"
     return [f"{folder}: baseline {record['model']}{size}", command, f"{minutes:.0f}"]
 
@@ -235,12 +330,14 @@ def _notebook_command(folder: str, executed: Mapping[str, Any]) -> list[str]:
     notebook = Path(executed["input_path"]).name
     if executed.get("duration") is None or executed.get("exception"):
         raise ValueError(f"{notebook} under {folder} was not run to its end: run it again or delete it")
-    knobs = {key: value for key, value in executed["parameters"].items() if key not in ("PROGRESS", "FOLDER")}
-    options = " ".join(
-        f"-y '{key}: {value}'" if isinstance(value, list) else f"-p {key} {value}" for key, value in knobs.items()
-    )
+    knobs = {key: value for key, value in executed["parameters"].items() if key not in UNTOLD_KNOBS}
+    words = [
+        word
+        for key, value in knobs.items()
+        for word in (["-y", f"{key}: {value}"] if isinstance(value, list) else ["-p", key, str(value)])
+    ]
     seed = f", seed {knobs['SEED']}" if "SEED" in knobs else ""
-    command = f"`papermill {notebook} out.ipynb {options}`"
+    command = f"`{shlex.join(['papermill', notebook, 'out.ipynb', *words])}`"
     return [f"{folder}: {family(notebook.split('-')[1])}{seed}", command, f"{executed['duration'] / 60:.0f}"]
 
 

@@ -17,7 +17,7 @@ from common.files import write_text
 from common.reports import load_runs
 from tools import documents
 
-DOCUMENTS = ("README.md", "results/README.md", "docs/method.md")
+DOCUMENTS = ("README.md", "results/README.md", "docs/method.md", "docs/notebooks.md")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,7 +65,10 @@ def sections(results: Path) -> Mapping[str, Callable[[], str]]:
     files |= {folder.name: folder / "latency.md" for folder in sorted(results.glob("latency-*"))}
     largest = documents.largest(runs)
     smaller = [run for run in runs if run not in largest]
+    rules = {f"fine-tuned-{folder.name}": folder / "rows.json" for folder in compared}
     return {
+        "networks": lambda: documents.networks(runs, published["dataset"]),
+        **{name: partial(_fine_tuned, path) for name, path in rules.items()},
         "headline": lambda: documents.headline(largest, documents.STRICT),
         "headline-loose": lambda: documents.headline(largest, documents.LOOSE),
         "headline-smaller": lambda: documents.headline(smaller, documents.STRICT),
@@ -77,6 +80,10 @@ def sections(results: Path) -> Mapping[str, Callable[[], str]]:
         "factorisation": lambda: documents.factorisation(documents.read_json(results / "factorize_speed.json")),
         **{name: partial(path.read_text, encoding="utf-8") for name, path in files.items()},
     }
+
+
+def _fine_tuned(path: Path) -> str:
+    return documents.fine_tuned(documents.read_json(path))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -142,3 +144,49 @@ def test_a_search_is_priced_beside_the_exhaustive_one():
     without = copy.deepcopy(run())
     del without["header"]["search_seconds"]
     assert "20x" not in documents.search_costs([without], PUBLISHED)
+
+
+COMMAND = re.compile(r"`((?:python|papermill|make|\.venv/bin/\w+) [^`\n]+)`|^((?:python|make) .*)$", re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", update_docs.DOCUMENTS)
+def test_every_printed_command_is_one_that_a_shell_can_read(name):
+    found = [one or other for one, other in COMMAND.findall((ROOT / name).read_text())]
+    assert found or name == "docs/method.md"
+    for command in found:
+        done = subprocess.run(["bash", "-n", "-c", command], capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+
+
+@pytest.mark.parametrize("name", update_docs.DOCUMENTS)
+def test_documents_name_files_that_exist(name):
+    text = documents.MARKER.sub("", (ROOT / name).read_text())
+    paths = re.findall(r"\]\((?!http)([^)#]+)\)|`((?:common|tests|tools|benchmarks|docs|finetuned)/[\w./-]+)`", text)
+    for link, code in paths:
+        path = (ROOT / name).parent / link if link else ROOT / code
+        assert path.exists() or "saved_models" in code, link or code
+
+
+def test_one_row_a_network_counts_seeds_and_names_the_machine():
+    table = documents.networks([run(), run(seed=1, params=20_000)], "mnist")
+    assert "| ResNet18" in table
+    assert "1 M → 30 k (33x)" in table
+    assert "50 M → 5 M (10x)" in table
+    assert "0.9930 → 0.9900" in table
+    assert "5.0x" in table
+    assert table.splitlines()[2].rstrip("| ").endswith("2")
+    assert (
+        table.splitlines()[-1] == "m, 2 threads; speed in onnxruntime 1.0, batch 16, dense and compressed interleaved."
+    )
+    assert "none within tolerance" in documents.networks([run(accuracy=0.5)], "mnist")
+    assert "ResNet18" not in documents.networks([run()], "fashion-mnist")
+
+
+def test_only_fine_tuned_accuracies_stand_in_the_short_table_of_rules():
+    row = {"table": "rules", "name": "policy", "budget": 0.15, "val_screened": 0.1}
+    rows = [{**row, "seed": seed, "test_accuracy": 0.8 + seed / 100} for seed in (0, 1)]
+    rows += [{**row, "seed": 0, "name": "vbmf", "status": "failed"}]
+    table = documents.fine_tuned({"rows": rows, "dense_test": 0.91})
+    assert "0.8050 ± 0.0071" in table
+    assert "vbmf" not in table
+    assert table.endswith("Dense: 0.9100. Mean ± standard deviation of 2 seeds.")
