@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from .inputs import Inputs, length, run
 from .modules import evaluating
 
 # One timed sample repeats the call until it lasts about this long, so that the clock's own jitter is far below it.
@@ -41,7 +43,7 @@ def count_params(model: nn.Module) -> int:
 # --- FLOPs -----------------------------------------------------------------------------------------------------------
 
 
-def count_flops(model: nn.Module, input_shape: Sequence[int], *, batch: int = 1) -> int:
+def count_flops(model: nn.Module, input_shape: Sequence[int] | Inputs, *, batch: int = 1) -> int:
     """Multiply-accumulates of the convolutions and linear layers of `model` for one image, by torch's own counter.
 
     Grouped and transposed convolutions are included; bias, normalisation, activations, pooling and batched matrix
@@ -49,7 +51,8 @@ def count_flops(model: nn.Module, input_shape: Sequence[int], *, batch: int = 1)
 
     Args:
         model: run once, on its own device and in eval mode (restored afterwards), on a batch of zeros.
-        input_shape: (C, H, W) of one image.
+        input_shape: (C, H, W) of one image; or inputs of one or more samples, in any form that `common.inputs` knows,
+            for networks that zeros do not fit.
         batch: images in the counting pass, for networks that cannot run on one; the result is still per image.
 
     Raises:
@@ -58,7 +61,7 @@ def count_flops(model: nn.Module, input_shape: Sequence[int], *, batch: int = 1)
     return sum(count_flops_by_layer(model, input_shape, batch=batch).values())
 
 
-def count_flops_by_layer(model: nn.Module, input_shape: Sequence[int], *, batch: int = 1) -> dict[str, int]:
+def count_flops_by_layer(model: nn.Module, input_shape: Sequence[int] | Inputs, *, batch: int = 1) -> dict[str, int]:
     """The FLOPs of `count_flops` by the name of the innermost module that spends them, in order of execution.
 
     Modules without FLOPs are left out, so the values sum to `count_flops`. A module that runs several times has
@@ -67,12 +70,16 @@ def count_flops_by_layer(model: nn.Module, input_shape: Sequence[int], *, batch:
     Raises:
         ValueError: as `count_flops`.
     """
-    images = _zero_images(model, input_shape, batch)
+    if isinstance(input_shape, Tensor | Mapping) or any(isinstance(part, Tensor) for part in input_shape):
+        images = input_shape
+        batch = length(images)
+    else:
+        images = _zero_images(model, input_shape, batch)
     with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
         own_macs = _run_with_attribution(model, images, counter)
     if not any(own_macs.values()):
         raise ValueError(
-            f"no convolution or linear layer of {type(model).__name__} was seen in a pass over {tuple(images.shape)}: "
+            f"no convolution or linear layer of {type(model).__name__} was seen in a pass over {_shapes(images)}: "
             "quantised and foreign operators cannot be counted, count the plain module instead"
         )
     for name, macs in own_macs.items():
@@ -92,7 +99,11 @@ def _zero_images(model: nn.Module, input_shape: Sequence[int], batch: int) -> Te
     return torch.zeros((batch, *shape), dtype=like.dtype, device=like.device)
 
 
-def _run_with_attribution(model: nn.Module, images: Tensor, counter: FlopCounterMode) -> dict[str, int]:
+def _shapes(images: Inputs) -> str:
+    return " and ".join(str(tuple(leaf.shape)) for leaf in tree_leaves(images))
+
+
+def _run_with_attribution(model: nn.Module, images: Inputs, counter: FlopCounterMode) -> dict[str, int]:
     """One forward pass; the MACs of each module less those of the modules that it called, by module name."""
     names = {module: name for name, module in model.named_modules()}
     own_macs: dict[str, int] = {}
@@ -114,10 +125,10 @@ def _run_with_attribution(model: nn.Module, images: Tensor, counter: FlopCounter
     # Global hooks, because hooks on the modules themselves would be a change to the model.
     hooks = (register_module_forward_pre_hook(enter), register_module_forward_hook(leave))
     try:
-        model(images)
+        run(model, images)
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
-        attempt = f"its pass over {tuple(images.shape)} failed: {reason}"
+        attempt = f"its pass over {_shapes(images)} failed: {reason}"
         raise ValueError(f"the FLOPs of {type(model).__name__} cannot be counted, {attempt}") from error
     finally:
         for hook in hooks:

@@ -32,7 +32,7 @@ def factorize_kernel(
     name: str, layer: nn.Conv2d | nn.Linear, trace: LayerTrace, moments: LayerMoments | None, bases: str
 ) -> KernelFactors:
     """Factorise a layer whose weight is a kernel ``W: (C_out, C_in, k_h, k_w)``; see :class:`KernelFactors`."""
-    weight = layer.weight.detach()
+    weight = _wide(layer.weight)
     if trace.unflatten is not None:
         weight = weight.reshape(len(weight), *trace.unflatten)
     precise = weight.double() if weight.shape[0] <= DOUBLE_PRECISION_UP_TO else weight
@@ -70,7 +70,7 @@ def factorize_matrix(
     name: str, layer: nn.Conv2d | nn.Linear, trace: LayerTrace, moments: LayerMoments | None, bases: str
 ) -> MatrixFactors:
     """Factorise a layer whose weight is a matrix ``W: (C_out, C_in)``; see :class:`MatrixFactors`."""
-    weight = layer.weight.detach().flatten(1)
+    weight = _wide(layer.weight).flatten(1)
     precise = weight.double() if max(weight.shape) <= DOUBLE_PRECISION_UP_TO else weight
     energies, basis = _output_basis(precise, moments.output_covariance if moments and bases != "weight" else None)
     basis = basis.to(precise)
@@ -84,15 +84,21 @@ def factorize_matrix(
 
 
 def _described(name: str, layer: nn.Module, trace: LayerTrace, moments: LayerMoments | None) -> dict:
-    weight, bias = layer.weight, layer.bias
+    weight, bias = _wide(layer.weight), layer.bias
     return {
         "name": name,
         "bias": None if bias is None else bias.detach().clone(),
         "geometry": Geometry.of(layer, trace.unflatten),
         "trace": trace,
+        "dtype": layer.weight.dtype,
         "output_mean": None if moments is None else moments.output_mean.to(weight),
         "output_std": None if moments is None else moments.output_covariance.diagonal().clamp_min(0).sqrt().to(weight),
     }
+
+
+def _wide(weight: Tensor) -> Tensor:
+    """The weight, detached, in float32 or wider: eigenvectors and sums in 16 bits are worth nothing."""
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def _output_basis(weight: Tensor, covariance: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -39,6 +39,7 @@ class LayerFactors:
         bias: ``(C_out,)`` or None.
         geometry: stride, padding and so on of the dense layer.
         trace: its input and output shapes.
+        dtype: floating type of the dense layer, and of the layers that are made; the factors are in float32 or wider.
         output_mean, output_std: mean and standard deviation of the dense layer's output per channel ``(C_out,)``, the
             targets of recalibration; None without calibration images.
     """
@@ -48,6 +49,7 @@ class LayerFactors:
     bias: Tensor | None = field(repr=False)
     geometry: Geometry = field(repr=False)
     trace: LayerTrace = field(repr=False)
+    dtype: torch.dtype = field(repr=False, default=torch.float32)
     output_mean: Tensor | None = field(repr=False, default=None)
     output_std: Tensor | None = field(repr=False, default=None)
 
@@ -65,17 +67,17 @@ class LayerFactors:
         return 0 if self.bias is None else self.shape[0]
 
     @property
-    def _map_sizes(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """(H, W) of the input and of the output for each call in one pass; a plain linear layer's leading axes."""
+    def _map_sizes(self) -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:
+        """(H, W) of the input, of the output, and how many such maps an image comes to, for each call in one pass."""
         if self.geometry.unflatten is not None:
-            return [(self.geometry.unflatten[1:], (1, 1)) for _ in self.trace.calls]
+            return [(self.geometry.unflatten[1:], (1, 1), call.rows) for call in self.trace.calls]
         if self.geometry.linear:
-            return [(before[:-1], after[:-1]) for before, after in self.trace.calls]
-        return [(before[1:], after[1:]) for before, after in self.trace.calls]
+            return [((), (), call.rows) for call in self.trace.calls]
+        return [(call.input_shape[1:], call.output_shape[1:], call.rows) for call in self.trace.calls]
 
     @property
     def _output_positions(self) -> int:
-        return sum(math.prod(after) for _, after in self._map_sizes)
+        return sum(rows * math.prod(after) for _, after, rows in self._map_sizes)
 
     def layer(self, ranks: Ranks) -> HTLayer:
         """The layer truncated to these ranks, as a new module that shares no tensor with anything.
@@ -83,9 +85,8 @@ class LayerFactors:
         Raises:
             ValueError: if a rank is out of range.
         """
-        weights = self.truncated(ranks)
-        dtype = self._dtype
-        return HTLayer({group: weight.to(dtype) for group, weight in weights.items()}, self.bias, self.geometry)
+        weights = {group: weight.to(self.dtype) for group, weight in self.truncated(ranks).items()}
+        return HTLayer(weights, self.bias, self.geometry)
 
     def _check_rank(self, what: str, value: object, limit: int) -> None:
         if not (isinstance(value, Integral) and 1 <= value <= limit):
@@ -217,11 +218,11 @@ class KernelFactors(LayerFactors):
         groups = groups or self.groups(ranks)
         sizes = self._group_sizes(ranks, groups)
         total = 0
-        for (height, width), (height_out, width_out) in self._map_sizes:
+        for (height, width), (height_out, width_out), rows in self._map_sizes:
             for group, size in zip(groups, sizes, strict=True):
                 height = height_out if "row" in group else height
                 width = width_out if "col" in group else width
-                total += size * height * width
+                total += rows * size * height * width
         return total
 
     def _group_sizes(self, ranks: KernelRanks, groups: Sequence[tuple[str, ...]]) -> list[int]:

@@ -14,6 +14,7 @@ flatten of C x H x W is a kernel of size H x W that fits its feature map exactly
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -142,6 +143,66 @@ class HTLayer(nn.Module):
     @property
     def bias(self) -> nn.Parameter | None:
         return self.stages[-1].bias
+
+    @property
+    def weight(self) -> Tensor:
+        """The one weight that all stages come to, in the shape that the dense layer's has: composed at every reading.
+
+        Together with the sizes below it lets code that reads a layer from outside go on working.
+        """
+        matrix = "row" not in sum(self.groups, ())
+        stages = {
+            group: stage.weight.flatten(1) if matrix else stage.weight
+            for group, stage in zip(self.groups, self.stages, strict=True)
+        }
+        (whole,) = merge_stages(stages, [sum(self.groups, ())]).values()
+        if self.geometry.linear:
+            return whole.flatten(1)
+        return whole[:, :, None, None] if matrix else whole
+
+    @property
+    def in_channels(self) -> int:
+        return self.weight_shape[1]
+
+    @property
+    def out_channels(self) -> int:
+        return self.weight_shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return math.prod(self.weight_shape[1:])
+
+    @property
+    def out_features(self) -> int:
+        return self.weight_shape[0]
+
+    @property
+    def kernel_size(self) -> tuple[int, int]:
+        return self.weight_shape[2:]
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        return self.geometry.stride
+
+    @property
+    def padding(self) -> tuple[int, int] | str:
+        return self.geometry.padding
+
+    @property
+    def dilation(self) -> tuple[int, int]:
+        return self.geometry.dilation
+
+    @property
+    def padding_mode(self) -> str:
+        return self.geometry.padding_mode
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        """(C_out, C_in, k_h, k_w) of the dense kernel; 1 x 1 for a matrix."""
+        first, last = self.stages[0].weight, self.stages[-1].weight
+        windows = [stage.weight.shape[2:] for stage in self.stages if stage.weight.ndim == 4]
+        k_h, k_w = (math.prod(window[axis] for window in windows) for axis in (0, 1))
+        return last.shape[0], first.shape[1], k_h, k_w
 
     @property
     def ranks(self) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..inputs import Batches, batches_of, length, like_model, run, split
 from ..modules import hooked
 from .trace import LayerTrace
 
@@ -44,6 +45,7 @@ class _Accumulator:
         self.count, self.origin, self.total, self.square = 0, 0.0, 0.0, 0.0
 
     def add(self, rows: Tensor) -> None:
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         if not self.count:
             self.origin = rows.mean(0)
         rows = rows - self.origin
@@ -74,6 +76,7 @@ class _WindowAccumulator:
         self._maps: dict[torch.Size, tuple[int, Tensor]] = {}
 
     def add(self, features: Tensor) -> None:
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
         features = features if self._unflatten is None else features.reshape(-1, *self._unflatten)
         self._channels.add(channels_last_rows(features))
         centred = features - self._channels.origin.reshape(-1, 1, 1)
@@ -129,13 +132,13 @@ def channels_last_rows(features: Tensor, axis: int = 1) -> Tensor:
 
 def gather_moments(
     model: nn.Module,
-    images: Tensor | Iterable[Tensor],
+    images: Batches,
     traces: Mapping[str, LayerTrace],
     *,
     kernels: Iterable[str],
     batch_size: int = 128,
 ) -> dict[str, LayerMoments]:
-    """One pass of ``images: (N, C, H, W)`` (or batches of such) through the model in eval mode.
+    """One pass of ``images: (N, C, H, W)``, or of batches (see `common.inputs`), through the model in eval mode.
 
     Args:
         traces: the layers to observe.
@@ -161,9 +164,10 @@ def gather_moments(
 
     seen = 0
     with hooked(model, {name: observe(name) for name in traces}):
-        for batch in images.split(batch_size) if isinstance(images, Tensor) else images:
-            model(batch)
-            seen += len(batch)
+        for batch in batches_of(images):
+            for part in split(like_model(batch, model), batch_size) if length(batch) else ():
+                run(model, part)
+                seen += length(part)
     if not seen:
         raise ValueError("no calibration images were given")
     for name, accumulator in outputs.items():

@@ -7,21 +7,20 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..configuration import Configuration, Ranks
 from ..cost import count_flops, count_params
-from ..modules import copy_with
+from ..inputs import Batches, Inputs, batches_of, first, like_model, sample
+from ..modules import copy_with, unwrapped
 from .decompose import BASES, factorize_kernel, factorize_matrix
 from .factors import KernelFactors, MatrixFactors
 from .moments import gather_moments
-from .trace import LayerTrace, trace_layers
+from .selection import choose_layers, without_broken
+from .trace import trace_layers
 
-LAYER_SETS = ("all", "convs", "kernels")
-"""Which layers to factorise: every one, only convolutions, or only convolutions with a window (no 1 x 1)."""
-
-SMALLEST_MATRIX = 32
-"""A matrix with a side shorter than this stays dense: a head of few classes has next to nothing to save, and each of
-its outputs is one that the network is judged by. It is factorised all the same if it is asked for by name."""
+PROOF_IMAGES = 2
+"""Calibration images on which the network at full ranks is compared with the dense one."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class ModelFactors:
         model: the dense model.
         layers: name -> factors, in the model's order.
         skipped: name -> the reason why a convolution or linear layer stays dense.
-        input_shape: (C, H, W) of the images that the sizes and costs belong to.
+        input_shape: (C, H, W) of the images that the sizes and costs belong to; of several inputs the first one's.
         dense_params: parameters of the dense model.
         dense_flops: its multiply-accumulates for one image.
     """
@@ -40,7 +39,7 @@ class ModelFactors:
     model: nn.Module = field(repr=False)
     layers: dict[str, KernelFactors | MatrixFactors]
     skipped: dict[str, str]
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     dense_params: int
     dense_flops: int
 
@@ -95,33 +94,40 @@ class ModelFactors:
 
 def factorize(
     model: nn.Module,
-    images: Tensor | Iterable[Tensor] | None = None,
+    images: Batches | None = None,
     *,
     layers: str | Iterable[str] = "all",
     bases: str = "both",
     input_shape: tuple[int, int, int] | None = None,
     batch_size: int = 128,
 ) -> ModelFactors:
-    """Factorise every layer that can be, once.
+    """Factorise every layer that can be, once, and prove it: at full ranks the network computes what it did.
+
+    A layer that does not reproduce its part (other code reads it, chooses its way by its class, or the like) stays
+    dense, with the reason in `skipped`.
 
     Args:
-        model: the dense model; it stays as it was, and the factors share no tensor with it.
-        images: calibration images ``(N, C, H, W)``, or batches of them, from the training split: data-aware bases.
-            None: weight-only bases (plain HSVD).
+        model: the dense model, also compiled or in DataParallel; it stays as it was, and the factors share no tensor
+            with it.
+        images: calibration images ``(N, C, H, W)`` from the training split, or batches in any form (see
+            `common.inputs`: a DataLoader of pairs, arrays, several inputs): data-aware bases. None: weight-only bases
+            (plain HSVD).
         layers: one of LAYER_SETS, or the names of the layers to factorise.
         bases: with images, what they are used for; one of BASES.
         input_shape: (C, H, W) when there are no images; 224 x 224 by default.
 
     Raises:
-        ValueError: an unknown layer, layer set or basis; no images; images that make an activation NaN or infinite.
+        ValueError: a scripted network; an unknown layer, layer set or basis; no images; images that make an activation
+            NaN or infinite; or no layer that can be factorised, with the reasons.
     """
+    model = unwrapped(model)
     if bases not in BASES:
         raise ValueError(f"bases must be one of {', '.join(BASES)}; got {bases!r}")
     if images is not None and not isinstance(images, Tensor):
-        images = list(images)
+        images = list(batches_of(images))  # read twice: for the shapes and for the moments
     example = _example(model, images, input_shape)
-    traces = trace_layers(model, example)
-    chosen, skipped = _choose(model, traces, layers)
+    traces = trace_layers(model, first(example, 1))
+    chosen, skipped = choose_layers(model, traces, layers)
     kernels = [name for name, is_kernel in chosen.items() if is_kernel]
     moments = {}
     if images is not None:
@@ -132,68 +138,23 @@ def factorize(
         for name, is_kernel in chosen.items():
             make = factorize_kernel if is_kernel else factorize_matrix
             factors[name] = make(name, model.get_submodule(name), traces[name], moments.get(name), bases)
-    shape = tuple(example.shape[1:])
-    return ModelFactors(model, factors, skipped, shape, count_params(model), count_flops(model, shape))
+    shape = tuple(tree_leaves(example)[0].shape[1:])
+    flops = count_flops(model, first(example, 1))
+    found = ModelFactors(model, factors, skipped, shape, count_params(model), flops)
+    found = without_broken(found, example)
+    if not found.layers:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in found.skipped.items())
+        raise ValueError(f"no layer of {type(model).__name__} can be factorised: {reasons or 'it has none'}")
+    return found
 
 
-def _example(model: nn.Module, images: Tensor | list[Tensor] | None, input_shape: tuple | None) -> Tensor:
+def _example(model: nn.Module, images: Tensor | list[Inputs] | None, input_shape: tuple | None) -> Inputs:
+    """A few inputs for shapes, costs and the proof: of the images, or noise where there are none."""
     if images is not None:
-        if not len(images) or not len(images[0]):
-            raise ValueError("no calibration images were given")
-        return images[:1] if isinstance(images, Tensor) else images[0][:1]
-    parameter = next(model.parameters())
+        return like_model(sample(images, PROOF_IMAGES), model)
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     if input_shape is None:
-        first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-        input_shape = (first.in_channels if first is not None else 3, 224, 224)
-    return torch.zeros(1, *input_shape, device=parameter.device, dtype=parameter.dtype)
-
-
-def _choose(
-    model: nn.Module, traces: Mapping[str, LayerTrace], layers: str | Iterable[str]
-) -> tuple[dict[str, bool], dict[str, str]]:
-    """Name -> whether the layer is a kernel (else a matrix), and name -> reason for those that stay dense."""
-    if isinstance(layers, str) and layers not in LAYER_SETS:
-        raise ValueError(f"layers must be one of {', '.join(LAYER_SETS)} or a list of names; got {layers!r}")
-    layers = layers if isinstance(layers, str) else set(layers)
-    chosen, skipped = {}, {}
-    for name, module in model.named_modules():
-        if not isinstance(module, (nn.Conv2d, nn.Linear, nn.modules.conv._ConvTransposeNd, nn.Conv1d, nn.Conv3d)):
-            continue
-        reason = _reason_to_skip(name, module, traces, layers)
-        if reason:
-            skipped[name] = reason
-        else:
-            chosen[name] = _is_kernel(module, traces[name])
-    if not isinstance(layers, str) and (unknown := layers - set(chosen)):
-        name = sorted(unknown)[0]
-        raise ValueError(f"layer {name!r} cannot be factorised: {skipped.get(name, 'the model has no such layer')}")
-    return chosen, skipped
-
-
-def _reason_to_skip(
-    name: str, module: nn.Module, traces: Mapping[str, LayerTrace], layers: str | set[str]
-) -> str | None:
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return "a transposed convolution"
-    if "weight" not in module._parameters:
-        return "its weight is computed from other parameters (weight norm, pruning or the like)"
-    if type(module) not in (nn.Conv2d, nn.Linear):
-        return f"a {type(module).__name__}, which is neither torch's Conv2d nor its Linear"
-    if isinstance(module, nn.Conv2d) and module.groups > 1:
-        return "a depthwise convolution" if module.groups == module.in_channels else "a grouped convolution"
-    if name not in traces:
-        return "it does not run in eval mode"
-    if isinstance(layers, str):
-        if not _is_kernel(module, traces[name]) and min(module.weight.shape[:2]) < SMALLEST_MATRIX:
-            return f"a matrix with a side shorter than {SMALLEST_MATRIX}"
-        kernel_only = layers == "kernels" and isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
-        outside = kernel_only or (layers != "all" and isinstance(module, nn.Linear))
-    else:
-        outside = name not in layers
-    return "not in the chosen set of layers" if outside else None
-
-
-def _is_kernel(module: nn.Conv2d | nn.Linear, trace: LayerTrace) -> bool:
-    if isinstance(module, nn.Linear):
-        return trace.unflatten is not None
-    return module.kernel_size != (1, 1)
+        first_layer = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+        input_shape = (first_layer.in_channels if first_layer is not None else 3, 224, 224)
+    noise = torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0))
+    return noise.to(like)

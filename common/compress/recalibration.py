@@ -8,15 +8,16 @@ layer.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..modules import evaluation_batch, hooked
+from ..inputs import Batches, Inputs, batches_of, joined, length, like_model, run, split
+from ..modules import hooked, inputs_batch, unwrapped
 from .layers import HTLayer
 from .moments import channels_last_rows
 
@@ -26,13 +27,15 @@ LARGEST_GAIN = 4.0
 
 def recalibrate(
     model: nn.Module,
-    images: Tensor,
+    images: Batches,
     output_means: Mapping[str, Tensor] | None = None,
     output_stds: Mapping[str, Tensor] | None = None,
     *,
     batch_size: int | None = None,
 ) -> nn.Module:
     """Correct biases, then re-estimate batch-norm statistics, both from ``images: (N, C, H, W)``; changes ``model``.
+
+    images: also as batches in any form, see `common.inputs`.
 
     Args:
         output_means: layer name -> the dense layer's mean output ``(C_out,)``. Factorised layers with a bias get it
@@ -46,19 +49,21 @@ def recalibrate(
     Raises:
         ValueError: if there are no images.
     """
-    if not len(images):
+    model_inside = unwrapped(model)
+    given = list(batches_of(images))
+    if not sum(map(length, given)):
         raise ValueError("recalibration needs at least one image")
+    inputs = like_model(joined(given), model_inside)
     # Batches of one size: a lone last image would have no statistics of its own where the map is 1 x 1.
-    most = batch_size or evaluation_batch(*images.shape[-2:])
-    batches = images.tensor_split(math.ceil(len(images) / most))
-    correct_biases(model, batches[0], output_means or {}, output_stds)
-    reestimate_batch_norm(model, batches)
+    batches = list(split(inputs, batch_size or inputs_batch(inputs), even=True))
+    correct_biases(model_inside, batches[0], output_means or {}, output_stds)
+    reestimate_batch_norm(model_inside, batches)
     return model
 
 
 def correct_biases(
     model: nn.Module,
-    images: Tensor,
+    images: Inputs,
     output_means: Mapping[str, Tensor],
     output_stds: Mapping[str, Tensor] | None = None,
 ) -> None:
@@ -72,25 +77,25 @@ def correct_biases(
         calibrated_outputs(model, images, output_means, output_stds)
 
 
-def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
+def reestimate_batch_norm(model: nn.Module, batches: Iterable[Inputs]) -> None:
     """Replace every running mean and variance by its average over ``batches``, each weighted by its images."""
     seen = 0
     with hooked(model, {}), _batch_statistics(model) as norms:
         for norm in norms:
             norm.reset_running_stats()
         for batch in batches if norms else ():
-            seen += len(batch)
+            seen += length(batch)
             for norm in norms:
-                norm.momentum = len(batch) / seen
-            model(batch)
+                norm.momentum = length(batch) / seen
+            run(model, batch)
 
 
 def calibrated_outputs(
     model: nn.Module,
-    images: Tensor,
+    images: Inputs,
     output_means: Mapping[str, Tensor] | None = None,
     output_stds: Mapping[str, Tensor] | None = None,
-) -> Tensor:
+) -> Any:
     """What the model would say to ``images: (N, C, H, W)`` if it were recalibrated on them, in a single pass.
 
     Batch norm normalises by the statistics of ``images``, its running statistics are left alone. Biases of the
@@ -99,7 +104,7 @@ def calibrated_outputs(
     with hooked(model, _corrections(model, output_means or {}, output_stds)), _batch_statistics(model) as norms:
         saved = [{key: buffer.clone() for key, buffer in norm.named_buffers()} for norm in norms]
         try:
-            return model(images)
+            return run(model, images)
         finally:
             for norm, buffers in zip(norms, saved, strict=True):
                 norm.load_state_dict(buffers, strict=False)

@@ -3,35 +3,49 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from ..inputs import Inputs, length, run
 from ..modules import hooked
+from .layers import HTLayer
 
 _FLATTENING = {torch.flatten, Tensor.flatten, Tensor.view, Tensor.reshape, torch.reshape}
 _PASSING_ON = {functional.dropout, functional.relu, torch.relu, Tensor.contiguous, Tensor.clone, Tensor.detach}
+
+
+class LayerCall(NamedTuple):
+    """One call of a layer in a pass over one image: `rows` inputs of one shape at once."""
+
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    rows: int = 1
 
 
 @dataclass(frozen=True)
 class LayerTrace:
     """Shapes without the batch axis: (C, H, W) of a convolution, (features,) of a linear layer.
 
+    ``rows`` says how many such maps, or vectors, one image comes to: more than one where patches are folded into the
+    batch, or where a linear layer sees tokens or time steps.
     ``unflatten`` is the (C, H, W) that a flatten right before a linear layer took apart, if the map is not 1 x 1.
-    ``later_calls`` holds the (input, output) shapes of a shared layer's calls after the first.
+    ``later_calls`` holds a shared layer's calls after the first.
     """
 
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     unflatten: tuple[int, int, int] | None = None
-    later_calls: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
+    rows: int = 1
+    later_calls: tuple[LayerCall, ...] = ()
 
     @property
-    def calls(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
-        """(input shape, output shape) of every call in one pass."""
-        return ((self.input_shape, self.output_shape), *self.later_calls)
+    def calls(self) -> tuple[LayerCall, ...]:
+        """Every call in one pass."""
+        return (LayerCall(self.input_shape, self.output_shape, self.rows), *self.later_calls)
 
 
 class FlattenTracker(TorchFunctionMode):
@@ -58,29 +72,50 @@ class FlattenTracker(TorchFunctionMode):
         return shape if shape is not None and shape[1] * shape[2] > 1 else None
 
 
-def trace_layers(model: nn.Module, example: Tensor) -> dict[str, LayerTrace]:
-    """Name -> shapes of every convolution and linear layer that runs on ``example: (N, C, H, W)`` in eval mode.
+def trace_layers(model: nn.Module, example: Inputs) -> dict[str, LayerTrace]:
+    """Name -> shapes of every convolution and linear layer that runs on ``example`` in eval mode, in that order.
 
-    The model's parameters, buffers and training flags stay as they were.
+    example: inputs of one image, ``(1, C, H, W)`` or whatever the model takes. The model's parameters, buffers and
+    training flags stay as they were.
     """
     traces: dict[str, LayerTrace] = {}
     tracker = FlattenTracker()
+    images = length(example)
 
     def observe(name: str):
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            shapes = tuple(inputs[0].shape[1:]), tuple(output.shape[1:])
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            call = _call(module, inputs[0], output, images)
             if name in traces:
-                traces[name] = replace(traces[name], later_calls=(*traces[name].later_calls, shapes))
+                traces[name] = replace(traces[name], later_calls=(*traces[name].later_calls, call))
             else:
-                traces[name] = LayerTrace(*shapes, tracker.map_shape(inputs[0]))
+                shapes = call.input_shape, call.output_shape
+                traces[name] = LayerTrace(*shapes, tracker.map_shape(inputs[0]), call.rows)
 
         return hook
 
     with hooked(model, {name: observe(name) for name, _ in decomposable_layers(model)}), tracker:
-        model(example)
+        run(model, example)
     return traces
 
 
+def _call(module: nn.Module, features: Tensor, output: Tensor, images: int) -> LayerCall:
+    """The shapes of one call; a linear layer's leading axes, whatever they mean, are rows."""
+    if isinstance(module, nn.Linear):
+        rows = features.numel() // max(features.shape[-1], 1)
+        return LayerCall((features.shape[-1],), (output.shape[-1],), -(-rows // images))
+    rows = len(features) if features.ndim == len(module.kernel_size) + 2 else 1
+    spatial = len(module.kernel_size) + 1
+    return LayerCall(tuple(features.shape[-spatial:]), tuple(output.shape[-spatial:]), -(-rows // images))
+
+
 def decomposable_layers(model: nn.Module) -> list[tuple[str, nn.Conv2d | nn.Linear]]:
-    """Every two-dimensional convolution and linear layer (exactly these classes) with its dotted name, once each."""
-    return [(name, module) for name, module in model.named_modules() if type(module) in (nn.Conv2d, nn.Linear)]
+    """Every two-dimensional convolution and linear layer (exactly these classes) with its dotted name, once each.
+
+    The stages of a layer that is factorised already are not layers of their own.
+    """
+    inside = {id(part) for module in model.modules() if isinstance(module, HTLayer) for part in module.modules()}
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if type(module) in (nn.Conv2d, nn.Linear) and id(module) not in inside
+    ]

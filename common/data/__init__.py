@@ -1,12 +1,12 @@
 """Data sets and their splits."""
 
-from .datasets import DATASETS, DataUnavailable, Dataset, load
+from .datasets import DATASETS, Dataset, DataUnavailable, load
 from .splits import Augmentation, Batch, ImageFormat, Split
 
 __all__ = [
+    "DATASETS",
     "Augmentation",
     "Batch",
-    "DATASETS",
     "DataUnavailable",
     "Dataset",
     "ImageFormat",

@@ -146,7 +146,7 @@ def _list_files(folder: Path, classes: tuple[str, ...], memory_limit: int) -> Fo
 
 
 def _is_image(file: Path, folder: Path) -> bool:
-    """Whether this is a plain file with an image's suffix; hidden files and folders (`._a.png`, `.cache`) are not data."""
+    """Whether this is a plain file with an image's suffix; hidden files and folders (`._a.png`) are not data."""
     hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
     return file.suffix.lower() in SUFFIXES and not hidden and file.is_file()
 

@@ -15,13 +15,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ..compress import HTLayer
-from ..modules import copy_with, hooked
+from ..inputs import Inputs, run
+from ..modules import copy_with, hooked, unwrapped
 
 FOLDABLE = (nn.Conv2d, nn.Linear, HTLayer)
 """Layers that take a batch norm up; exactly these classes."""
 
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+"""Batch norms that are folded; exactly these classes: one of somebody's own may do more than normalise."""
 
-def fold_batch_norm(model: nn.Module, example: Tensor) -> tuple[nn.Module, dict[str, str]]:
+
+def fold_batch_norm(model: nn.Module, example: Inputs) -> tuple[nn.Module, dict[str, str]]:
     """A copy of the model with every batch norm folded that directly follows a layer; shares no tensor with it.
 
     Args:
@@ -32,6 +36,7 @@ def fold_batch_norm(model: nn.Module, example: Tensor) -> tuple[nn.Module, dict[
         batch norm that it took up. A batch norm before its convolution, or behind a layer whose output something else
         reads too, stays.
     """
+    model = unwrapped(model)
     pairs = _foldable_pairs(model, example)
     replaced: dict[nn.Module, nn.Module] = {}
     for layer_name, norm_name in pairs.items():
@@ -70,7 +75,7 @@ def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
     return (weight.double() * scale.reshape(-1, *(1,) * (weight.ndim - 1))).to(weight.dtype)
 
 
-def _foldable_pairs(model: nn.Module, example: Tensor) -> dict[str, str]:
+def _foldable_pairs(model: nn.Module, example: Inputs) -> dict[str, str]:
     """Layer name -> name of the batch norm that alone reads its output; both run exactly once."""
     names = {module: name for name, module in model.named_modules()}
     runs: dict[str, int] = {}
@@ -90,7 +95,10 @@ def _foldable_pairs(model: nn.Module, example: Tensor) -> dict[str, str]:
     def norm_ran(module: nn.Module, inputs: tuple, _output: Tensor) -> None:
         name = names[module]
         runs[name] = runs.get(name, 0) + 1
-        read_by(inputs, name)
+        # Behind a linear layer that put its features last, a norm of 3-way tensors normalises the axis before them.
+        (source,) = [producers[id(one)][1] for one in inputs if id(one) in producers] or [None]
+        tokens = source is not None and inputs[0].ndim > 2 and _features_last(model.get_submodule(source))
+        read_by(inputs, None if tokens else name)
 
     class Readers(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -102,17 +110,26 @@ def _foldable_pairs(model: nn.Module, example: Tensor) -> dict[str, str]:
 
     hooks = {}
     for name, module in model.named_modules():
-        if type(module) in FOLDABLE and not _inside_factorised(model, name):
+        if type(module) in FOLDABLE and not _inside_factorised(model, name) and not _is_patched(module):
             hooks[name] = layer_ran
-        elif isinstance(module, _BatchNorm) and module.running_mean is not None:
+        elif type(module) in NORMS and module.running_mean is not None and not _is_patched(module):
             hooks[name] = norm_ran
     with hooked(model, hooks), Readers():
-        read_by(model(example), None)
+        read_by(run(model, example), None)
     return {
         layer: reading[0]
         for layer, reading in readers.items()
         if len(reading) == 1 and reading[0] is not None and runs[layer] == runs[reading[0]] == 1
     }
+
+
+def _features_last(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) or (isinstance(layer, HTLayer) and layer.geometry.linear)
+
+
+def _is_patched(module: nn.Module) -> bool:
+    """Whether a hook or a replaced forward may make the module compute something else than its class does."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _inside_factorised(model: nn.Module, name: str) -> bool:

@@ -10,13 +10,17 @@ import copy
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
+from ..compress.selection import output_tensors, outputs_differ
 from ..cost import latency_samples, measure_latency
-from ..modules import copy_with, evaluating
+from ..inputs import Inputs, length, like_model, run
+from ..modules import copy_with, evaluating, unwrapped
 from .fold import fold_batch_norm
 from .onnx_export import export_onnx, onnx_session
 from .plans import LayerChoice, Measure, choose_plans, plain_layer, timer
@@ -58,7 +62,7 @@ class Deployed:
     reference_seconds: float | None
     measured_seconds: float
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Inputs) -> Any:
         return self.run(images)
 
     @property
@@ -106,7 +110,7 @@ class Deployed:
 
 def deploy(
     model: nn.Module,
-    example: Tensor,
+    example: Inputs,
     *,
     runtime: str = "torch",
     plans: str = "measure",
@@ -122,7 +126,8 @@ def deploy(
 
     Args:
         model: dense or compressed; it and its training flags stay as they are.
-        example: ``(N, C, H, W)`` images of the batch size to deploy for, on the device to deploy to.
+        example: ``(N, C, H, W)`` images, or several inputs (see `common.inputs`), of the batch size to deploy for, on
+            the device to deploy to.
         runtime: "torch", or "onnxruntime" (CPU).
         plans: how each factorised layer's execution plan is chosen: "measure" takes the fastest in the runtime, "flops"
             the one of fewest FLOPs, "keep" the one that it is in.
@@ -138,15 +143,20 @@ def deploy(
         ValueError: an unknown option, options that exclude one another, a device that cannot do what is asked, or a
             network that torch.compile or the ONNX export cannot take.
     """
+    model = unwrapped(model)
     target = Target(runtime, compile, cuda_graph, threads or torch.get_num_threads())
-    like = next(model.parameters(), example)
-    folded, pairs = fold_batch_norm(model, example.to(like))
+    leaves = tree_leaves(example)
+    example = like_model(example, model)
+    folded, pairs = fold_batch_norm(model, example)
     with evaluating(model), torch.inference_mode():
-        expected = model(example.to(like))
+        expected = run(model, example)
+    output_tensors(expected)
 
-    example = example.to(dtype or like.dtype)
+    # On the device of the given example, which may be another one than the model's.
+    device, floating = leaves[0].device, dtype or next(t.dtype for t in tree_leaves(example) if t.is_floating_point())
+    example = tree_map(lambda t: t.to(device, floating if t.is_floating_point() else t.dtype), example)
     target.check(example)
-    folded = folded.to(example).requires_grad_(False)
+    folded = folded.to(device, floating).requires_grad_(False)
     format_name = _memory_format(memory_format, target, folded, example, rounds)
     layout = MEMORY_FORMATS[format_name]
     folded = folded.to(memory_format=layout)
@@ -169,9 +179,9 @@ def deploy(
         run=runs["deployed"],
         layers=choices,
         folded=pairs,
-        batch_size=len(example),
+        batch_size=length(example),
         runtime=str(target),
-        device=str(example.device),
+        device=str(device),
         threads=target.threads,
         memory_format=format_name,
         reference_seconds=seconds.get("reference"),
@@ -179,7 +189,7 @@ def deploy(
     )
 
 
-def _memory_format(asked: str | None, target: Target, model: nn.Module, example: Tensor, rounds: int) -> str:
+def _memory_format(asked: str | None, target: Target, model: nn.Module, example: Inputs, rounds: int) -> str:
     """The name in MEMORY_FORMATS of what was asked for, measured on the whole network where that was asked for."""
     if asked not in (None, "measure", *MEMORY_FORMATS):
         raise ValueError(f"memory_format must be one of {', '.join(MEMORY_FORMATS)}, measure; got {asked!r}")
@@ -195,12 +205,18 @@ def _memory_format(asked: str | None, target: Target, model: nn.Module, example:
     return min(seconds, key=seconds.__getitem__)
 
 
-def _check_outputs(expected: Tensor, found: Tensor) -> None:
-    error = float((found.to(expected) - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
-    if not error <= WRONG_FROM:
+def _check_outputs(expected: Any, found: Any) -> None:
+    same_kind = type(expected) is type(found)
+    outputs = output_tensors(expected), [one for one in tree_leaves(found) if isinstance(one, Tensor)]
+    outputs = outputs[0], [one for one in outputs[1] if one.is_floating_point()]
+    if same_kind and len(outputs[0]) == len(outputs[1]):
+        problem = outputs_differ(*outputs, most=WRONG_FROM)
+    else:
+        problem = f"in kind, a {type(found).__name__} for a {type(expected).__name__}"
+    if problem is not None:
         raise ValueError(
-            f"the deployed network's outputs differ from the given one's by {error:.1e} relative: it may choose its "
-            "way by the data, or put out NaN; deploy networks of a fixed graph and finite outputs"
+            f"the deployed network's outputs differ from the given one's {problem}: it may choose its way by the data, "
+            "or put out NaN; deploy networks of a fixed graph and finite outputs"
         )
 
 

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
+import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,11 +21,13 @@ import onnxruntime
 import torch
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 
 from ..files import atomic_path
-from ..modules import evaluating
+from ..inputs import Inputs, first, length, run
+from ..modules import copy_with, evaluating, first_line, unwrapped
 
-TOLERANCE = 1e-4
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference between torch's outputs and onnxruntime's that an export may have, relative to the largest."""
 
 OPSET = 20
@@ -33,43 +36,88 @@ OPSET = 20
 _PAD_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 
-def export_onnx(model: nn.Module, example: Tensor, path: str | Path) -> None:
-    """Write the model as one ONNX file with a dynamic batch axis, input "images" and output "logits".
+def export_onnx(
+    model: nn.Module | Any, example: Inputs, path: str | Path, *, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write the model as one ONNX file with a dynamic batch axis, checked against torch before the file exists.
+
+    One input is called "images", one output "logits"; several have the names of their dictionary, or numbers.
 
     Args:
         model: runs in eval mode; it and its training flags stay as they are. Any device: the export is made on the CPU.
-        example: ``(N, C, H, W)`` images. The file takes any N.
+            Or what `deploy` returns.
+        example: ``(N, C, H, W)`` images, or several inputs, see `common.inputs`. The file takes any N.
         path: written in one step, after onnxruntime gave torch's outputs, within TOLERANCE, at two batch sizes.
+        metadata: kept in the file's own metadata as JSON, such as class names and the normalisation of images.
 
     Raises:
         ValueError: the model cannot be exported, or does not give the same outputs there.
     """
-    images = example.detach().cpu()
+    model = unwrapped(model if isinstance(model, nn.Module) else getattr(model, "model", model))
+    inputs = tree_map(lambda tensor: tensor.detach().cpu(), inputs_of_one(example))
     with evaluating(model), atomic_path(path) as temporary, torch.no_grad():
-        on_cpu = model if _on_cpu(model) else copy.deepcopy(model).cpu()
+        on_cpu = model if _on_cpu(model) else copy_with(model, {}).cpu()
         # A batch of 1 would be taken for a constant.
-        _export(on_cpu, images[:1].expand(2, *images.shape[1:]).contiguous(), temporary)
-        run = onnx_session(temporary)
-        for batch in (1, max(3, len(images))):
-            inputs = _resized_batch(images, batch)
-            _check_outputs(on_cpu(inputs), run(inputs), batch)
+        _export(on_cpu, resized(inputs, 2), temporary, metadata)
+        session = onnx_session(temporary, structure=output_structure(on_cpu, inputs))
+        for batch in (1, max(3, length(inputs))):
+            given = resized(inputs, batch)
+            try:
+                found = session(given)
+            except ValueError as error:
+                raise ValueError(
+                    f"{type(model).__name__} cannot be exported for any batch size, at batch {batch} the file fails: "
+                    f"{error}"
+                ) from error
+            _check_outputs(run(on_cpu, given), found, batch)
 
 
-def onnx_session(model: str | Path | bytes, threads: int | None = None) -> Callable[[Tensor], Tensor]:
-    """A function of an images tensor (CPU) that runs an ONNX file, or a serialised graph, with onnxruntime on the CPU.
+def inputs_of_one(example: Inputs) -> Inputs:
+    """The example as inputs: a list of tensors counts as several."""
+    return tuple(example) if isinstance(example, list) else example
+
+
+def resized(inputs: Inputs, batch: int) -> Inputs:
+    """The samples repeated, or cut off, to a batch of this size."""
+    repeats = -(-batch // length(inputs))
+    return tree_map(lambda t: t.repeat(repeats, *[1] * (t.ndim - 1))[:batch].contiguous(), inputs)
+
+
+def output_structure(model: nn.Module, example: Inputs) -> TreeSpec:
+    """The structure of the model's output: a tensor, or tuples, lists and dictionaries of tensors.
+
+    Raises:
+        ValueError: something else is in it, by its kind.
+    """
+    with evaluating(model), torch.no_grad():
+        leaves, structure = tree_flatten(run(model, example))
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            raise ValueError(
+                f"{type(model).__name__} puts out a {type(leaf).__name__}, which is no tensor: outputs may be tensors "
+                "and tuples, lists and dictionaries of them"
+            )
+    return structure
+
+
+def onnx_session(
+    model: str | Path | bytes, threads: int | None = None, *, structure: TreeSpec | None = None
+) -> Callable[[Inputs], Any]:
+    """A function of inputs (CPU tensors) that runs an ONNX file, or a serialised graph, with onnxruntime on the CPU.
 
     Args:
         threads: inside one operator; None: as many as torch uses in this process.
+        structure: what to make of several outputs; None gives a tuple of them, and one output as it is.
 
     Raises:
-        ValueError: not an ONNX file, not one of one input and one output, or fewer than one thread.
+        ValueError: not an ONNX file, or fewer than one thread; when called, inputs that the graph cannot take.
     """
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1; got {threads}")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     # Otherwise the threads of a session that has just run would go on spinning while the next one is timed.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     source = model if isinstance(model, bytes) else str(model)
@@ -77,25 +125,30 @@ def onnx_session(model: str | Path | bytes, threads: int | None = None) -> Calla
         session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own exceptions have no common base
         what = "the graph" if isinstance(model, bytes) else str(model)
-        raise ValueError(f"onnxruntime cannot load {what}: {_first_line(error)}") from error
-    if len(session.get_inputs()) != 1 or len(session.get_outputs()) != 1:
-        raise ValueError(
-            f"a network of one input and one output is needed; this one has {len(session.get_inputs())} and "
-            f"{len(session.get_outputs())}"
-        )
-    name = session.get_inputs()[0].name
+        raise ValueError(f"onnxruntime cannot load {what}: {first_line(error)}") from error
+    names = [one.name for one in session.get_inputs()]
+    single = len(session.get_outputs()) == 1 and structure is None
 
-    def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {name: images.contiguous().numpy()})[0])
+    def call(inputs: Inputs) -> Any:
+        named = inputs if isinstance(inputs, Mapping) else dict(zip(names, tree_leaves(inputs), strict=True))
+        feed = {name: named[name].contiguous().numpy() for name in names}
+        try:
+            outputs = [torch.from_numpy(value) for value in session.run(None, feed)]
+        except Exception as error:
+            shapes = [tuple(value.shape) for value in feed.values()]
+            raise ValueError(f"onnxruntime cannot run on a batch of {shapes}: {first_line(error)}") from error
+        if single:
+            return outputs[0]
+        return tuple(outputs) if structure is None else structure.unflatten(outputs)
 
-    return run
+    return call
 
 
-def onnx_bytes(model: nn.Module, example: Tensor) -> bytes:
+def onnx_bytes(model: nn.Module, example: Inputs) -> bytes:
     """The graph of a whole network, unchecked, exported as by `export_onnx`."""
     buffer = io.BytesIO()
     with evaluating(model), torch.no_grad():
-        _export(model, example[:1].expand(2, *example.shape[1:]).contiguous(), buffer)
+        _export(model, resized(first(example, 1), 2), buffer)
     return buffer.getvalue()
 
 
@@ -172,25 +225,38 @@ class _GraphWriter:
         return [] if layer.bias is None else [self._tensor(layer.bias)]
 
 
-def _export(model: nn.Module, images: Tensor, target: Path | io.BytesIO) -> None:
+def _export(
+    model: nn.Module, inputs: Inputs, target: Path | io.BytesIO, metadata: Mapping[str, Any] | None = None
+) -> None:
     batch = torch.export.Dim("batch")
+    shapes = tree_map(lambda _: {0: batch}, inputs)
+    if isinstance(inputs, Mapping):
+        arguments, names = {"args": (), "kwargs": dict(inputs), "dynamic_shapes": dict(shapes)}, list(inputs)
+    else:
+        several = inputs if isinstance(inputs, tuple) else (inputs,)
+        shapes = shapes if isinstance(inputs, tuple) else (shapes,)
+        arguments = {"args": several, "dynamic_shapes": shapes}
+        names = ["images"] if len(several) == 1 else [f"input{place}" for place in range(len(several))]
     try:
+        outputs = _output_names(run(model, inputs))
         with _quiet():
             program = torch.onnx.export(
-                model,
-                (images,),
-                input_names=["images"],
-                output_names=["logits"],
-                dynamic_shapes=({0: batch},),
-                dynamo=True,
-                verbose=False,
+                model, **arguments, input_names=names, output_names=outputs, dynamo=True, verbose=False
             )
+        program.model.metadata_props.update({key: json.dumps(value) for key, value in (metadata or {}).items()})
         if isinstance(target, io.BytesIO):
             program.save(target, external_data=False)
         else:
             program.save(str(target), external_data=False)
     except Exception as error:  # the exporter raises what it likes, from five libraries
-        raise ValueError(f"{type(model).__name__} cannot be exported to ONNX: {_first_line(error)}") from error
+        raise ValueError(f"{type(model).__name__} cannot be exported to ONNX: {first_line(error)}") from error
+
+
+def _output_names(output: Any) -> list[str]:
+    if isinstance(output, Mapping) and all(isinstance(value, Tensor) for value in output.values()):
+        return [str(key) for key in output]
+    leaves = tree_leaves(output)
+    return ["logits"] if len(leaves) == 1 else [f"output{place}" for place in range(len(leaves))]
 
 
 @contextlib.contextmanager
@@ -209,28 +275,21 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _check_outputs(expected: Tensor, found: Tensor, batch: int) -> None:
-    if expected.shape != found.shape:
-        raise ValueError(
-            f"the exported network gives {tuple(found.shape)} at batch {batch}, torch {tuple(expected.shape)}"
-        )
-    error = float((expected - found).abs().max() / expected.abs().max().clamp_min(1e-30))
-    if not error <= TOLERANCE:
-        raise ValueError(
-            f"the exported network's outputs differ from torch's by {error:.1e} relative at batch {batch}; "
-            f"at most {TOLERANCE:.0e} is allowed"
-        )
-
-
-def _resized_batch(images: Tensor, batch: int) -> Tensor:
-    repeats = -(-batch // len(images))
-    return images.repeat(repeats, 1, 1, 1)[:batch].contiguous()
+def _check_outputs(expected: Any, found: Any, batch: int) -> None:
+    for one, other in zip(tree_leaves(expected), tree_leaves(found), strict=True):
+        if one.shape != other.shape:
+            raise ValueError(
+                f"the exported network gives {tuple(other.shape)} at batch {batch}, torch {tuple(one.shape)}"
+            )
+        most = TOLERANCE.get(one.dtype, TOLERANCE[torch.float32])
+        one, other = one.double(), other.double()
+        error = float((one - other).abs().max() / one.abs().max().clamp_min(1e-30)) if one.numel() else 0.0
+        if not error <= most:
+            raise ValueError(
+                f"the exported network's outputs differ from torch's by {error:.1e} relative at batch {batch}; "
+                f"at most {most:.0e} is allowed"
+            )
 
 
 def _on_cpu(model: nn.Module) -> bool:
     return all(tensor.device.type == "cpu" for tensor in model.state_dict().values())
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

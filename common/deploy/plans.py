@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..compress import HTLayer
 from ..cost import latency_samples
+from ..inputs import Inputs, run
 from ..modules import hooked
 
 WAYS = ("measure", "flops", "keep")
@@ -76,7 +77,7 @@ class LayerChoice:
 
 def choose_plans(
     model: nn.Module,
-    example: Tensor,
+    example: Inputs,
     how: str,
     measure: Measure,
     memory_format: torch.memory_format = torch.contiguous_format,
@@ -99,7 +100,7 @@ def choose_plans(
         layer = model.get_submodule(name)
         key = (shape, layer.geometry, layer.bias is None, *((g, w.shape) for g, w in layer.weights().items()))
         if key not in known:
-            inputs = torch.randn(len(example), *shape, generator=generator).to(example)
+            inputs = torch.randn(shape, generator=generator).to(layer.weights()[layer.groups[0]])
             if inputs.ndim == 4:
                 inputs = inputs.contiguous(memory_format=memory_format)
             known[key] = choose_plan(layer, inputs, how, measure)
@@ -107,19 +108,19 @@ def choose_plans(
     return choices
 
 
-def layer_input_shapes(model: nn.Module, example: Tensor) -> dict[str, tuple[int, ...]]:
-    """Name -> input shape, without the batch axis, of every factorised layer that runs on ``example``, in its order."""
+def layer_input_shapes(model: nn.Module, example: Inputs) -> dict[str, tuple[int, ...]]:
+    """Name -> input shape, with all its rows, of every factorised layer that runs on ``example``, in its order."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def observe(name: str) -> Callable:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
-            shapes.setdefault(name, tuple(inputs[0].shape[1:]))
+            shapes.setdefault(name, tuple(inputs[0].shape))
 
         return hook
 
     layers = [name for name, module in model.named_modules() if isinstance(module, HTLayer)]
     with hooked(model, {name: observe(name) for name in layers}):
-        model(example)
+        run(model, example)
     return shapes
 
 

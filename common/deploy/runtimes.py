@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from .onnx_export import onnx_bytes, onnx_layer, onnx_session
+from ..inputs import Inputs, run
+from .onnx_export import onnx_bytes, onnx_layer, onnx_session, output_structure
 
 RUNTIMES = ("torch", "onnxruntime")
 
-Run = Callable[[Tensor], Tensor]
+Run = Callable[[Inputs], Any]
 
 
 @dataclass(frozen=True)
@@ -42,35 +45,40 @@ class Target:
         if self.runtime == "onnxruntime" and (self.compile or self.cuda_graph):
             raise ValueError("compile and cuda_graph are for the runtime 'torch'; got runtime='onnxruntime'")
 
-    def check(self, example: Tensor) -> None:
+    def check(self, example: Inputs) -> None:
         """Raise ValueError unless inputs like this one, on its device and of its type, can be run."""
-        if self.cuda_graph:
-            check_cuda(example.device)
-        if self.runtime == "onnxruntime" and (example.device.type != "cpu" or example.dtype != torch.float32):
-            raise ValueError(
-                "the runtime 'onnxruntime' is for float32 on the CPU, export_onnx makes files for others; "
-                f"got {example.dtype} on {example.device}"
-            )
+        if self.cuda_graph and not isinstance(example, Tensor):
+            raise ValueError("CUDA graphs take one input tensor; this network has several inputs: use cuda_graph=False")
+        for tensor in tree_leaves(example):
+            if self.cuda_graph:
+                check_cuda(tensor.device)
+            wrong_type = tensor.is_floating_point() and tensor.dtype != torch.float32
+            if self.runtime == "onnxruntime" and (tensor.device.type != "cpu" or wrong_type):
+                raise ValueError(
+                    "the runtime 'onnxruntime' is for float32 on the CPU, export_onnx makes files for others; "
+                    f"got {tensor.dtype} on {tensor.device}"
+                )
 
-    def layer_run(self, layer: nn.Module, inputs: Tensor) -> Run:
+    def layer_run(self, layer: nn.Module, inputs: Inputs) -> Run:
         """A plain layer, to be timed alone: never compiled."""
         if self.runtime == "onnxruntime":
             return onnx_session(onnx_layer(layer, inputs.shape[1:]), self.threads)
         return self._torch_run(layer, inputs)
 
-    def uncompiled_run(self, model: nn.Module, example: Tensor) -> Run:
+    def uncompiled_run(self, model: nn.Module, example: Inputs) -> Run:
         """A whole network, run as layers are timed."""
         if self.runtime == "onnxruntime":
-            return onnx_session(onnx_bytes(model, example), self.threads)
+            structure = output_structure(model, example)
+            return onnx_session(onnx_bytes(model, example), self.threads, structure=structure)
         return self._torch_run(model, example)
 
-    def run(self, model: nn.Module, example: Tensor) -> Run:
+    def run(self, model: nn.Module, example: Inputs) -> Run:
         """A whole network, run as it is deployed."""
         if self.compile:
             return compiled(model, example, cuda_graph=self.cuda_graph)
         return self.uncompiled_run(model, example)
 
-    def _torch_run(self, module: nn.Module, inputs: Tensor) -> Run:
+    def _torch_run(self, module: nn.Module, inputs: Inputs) -> Run:
         return cuda_graph(module, inputs) if self.cuda_graph else eager(module)
 
     def __str__(self) -> str:
@@ -81,14 +89,14 @@ class Target:
 def eager(module: nn.Module) -> Run:
     """The module itself, in inference mode."""
 
-    def run(images: Tensor) -> Tensor:
+    def call(images: Inputs) -> Any:
         with torch.inference_mode():
-            return module(images)
+            return run(module, images)
 
-    return run
+    return call
 
 
-def compiled(module: nn.Module, example: Tensor, *, cuda_graph: bool = False) -> Run:
+def compiled(module: nn.Module, example: Inputs, *, cuda_graph: bool = False) -> Run:
     """The module compiled for the example's shape, weights frozen in; other shapes are compiled when they come.
 
     cuda_graph: let the compiler record CUDA graphs.
@@ -97,19 +105,19 @@ def compiled(module: nn.Module, example: Tensor, *, cuda_graph: bool = False) ->
         ValueError: the compiler fails, most often because there is no C++ compiler (CPU) or no Triton (GPU).
     """
     options = {"freezing": True, "triton.cudagraphs": cuda_graph}
-    run = eager(torch.compile(module, options=options))
+    call = eager(torch.compile(module, options=options))
     try:
-        run(example)
+        call(example)
     except Exception as error:  # dynamo, inductor and the compilers behind them share no base class
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"torch.compile failed ({type(error).__name__}: {reason}); it needs a C++ compiler on a CPU and Triton on "
             "a GPU: install one, or deploy with compile=False"
         ) from error
-    return run
+    return call
 
 
-def cuda_graph(module: nn.Module, example: Tensor) -> Run:
+def cuda_graph(module: nn.Module, example: Inputs) -> Run:
     """The module recorded once as a CUDA graph and replayed: no launch overhead, one input shape.
 
     Raises:

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from ..compress import KernelFactors, MatrixFactors, ModelFactors
 from ..deploy import Measure, Target, choose_plan, deploy, plain_layer, timer
 from ..files import write_text
+from ..inputs import Inputs
 from .menus import CostMeasure, MenuEntry, Menus, cheaper_front
 
 
@@ -42,7 +44,7 @@ class MenuTimes:
 def time_menus(
     factors: ModelFactors,
     menus: Menus,
-    example: Tensor,
+    example: Inputs,
     *,
     runtime: str = "torch",
     threads: int | None = None,
@@ -88,7 +90,9 @@ def _entry_seconds(
     return [*seconds, statistics.median(dense)]
 
 
-def _inputs(layer: KernelFactors | MatrixFactors, example: Tensor) -> Tensor:
+def _inputs(layer: KernelFactors | MatrixFactors, example: Inputs) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(len(example), *layer.trace.input_shape, generator=generator).to(example)
+    like = tree_leaves(example)[0]
+    rows = layer.trace.rows * len(like)
+    inputs = torch.randn(rows, *layer.trace.input_shape, generator=generator).to(like.device, layer.dtype)
     return inputs.contiguous(memory_format=torch.channels_last) if inputs.ndim == 4 else inputs

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 from common.compress import HTLayer, factorize, recalibrate
-from common.compress.network import LAYER_SETS
+from common.compress.selection import LAYER_SETS
 from common.configuration import Configuration, KernelRanks, MatrixRanks, parse_config_str
 from common.cost import count_flops, count_params
 

@@ -5,10 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from common.data import datasets, splits
+from common.data import Augmentation, DataUnavailable, ImageFormat, Split, datasets, load, splits
 from common.data import folders as folder_data
-from common.data import DataUnavailable, load
-from common.data import Augmentation, ImageFormat, Split
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +312,8 @@ def test_labels_that_do_not_fit_the_classes_are_refused(monkeypatch, labels, mes
             torch.zeros(len(labels), 1, 4, 4, dtype=torch.uint8), np.asarray(labels, dtype=np.int64)
         )
 
-    raw = datasets.RawData(("zero", "one", "two"), source([0, 1, 2] * 10), source(labels), (0.5,), (0.5,), Augmentation())
+    parts = source([0, 1, 2] * 10), source(labels)
+    raw = datasets.RawData(("zero", "one", "two"), *parts, (0.5,), (0.5,), Augmentation())
     monkeypatch.setitem(datasets._READERS, "digits", lambda root: raw)
     with pytest.raises(ValueError, match=message):
         load("digits")

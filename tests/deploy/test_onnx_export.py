@@ -82,7 +82,7 @@ def test_an_export_with_other_outputs_leaves_the_old_file(compressed, tmp_path, 
     path = tmp_path / "model.onnx"
     path.write_bytes(b"the old one")
 
-    def wrong_session(_path):
+    def wrong_session(_path, **_):
         return lambda inputs: compressed(inputs).detach() * 1.001
 
     monkeypatch.setattr(onnx_export, "onnx_session", wrong_session)
