@@ -13,19 +13,25 @@ from common.reports import ParsedLog, read_log, to_json
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes one JSON file per log; returns the exit code: 0, or 2 when an input could not be used at all."""
     options = _parser().parse_args(arguments)
+    code = 0
     try:
         paths = log_paths(options.logs or [Path("logs")])
-        for path in paths:
-            parsed = read_log(path)
-            target = options.out / f"{path.stem}.json"
-            write_text(target, json.dumps(to_json(parsed), indent=1, allow_nan=False) + "\n")
-            for warning in parsed.warnings:
-                print(f"warning: {warning}", file=sys.stderr)
-            print(f"{path} -> {target}: {_summary(parsed)}")
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    for path in paths:
+        try:
+            parsed = read_log(path)
+            target = options.out / f"{path.stem}.json"
+            write_text(target, json.dumps(to_json(parsed), indent=1, allow_nan=False) + "\n")
+        except (OSError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = 2
+            continue
+        for warning in parsed.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        print(f"{path} -> {target}: {_summary(parsed)}")
+    return code
 
 
 def log_paths(inputs: Sequence[Path]) -> list[Path]:

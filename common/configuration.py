@@ -11,7 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from types import MappingProxyType
 
-_LAYER = re.compile(r"\s*(?P<name>[^\s:,()]+)\s*:\s*\(\s*(?P<ranks>(?:\d+\s*,\s*)*\d*)\s*\)\s*(?:,|$)")
+_LAYER = re.compile(r"\s*(?P<name>[^\s:,()]+)\s*:\s*\((?P<ranks>[\d\s,]*)\)\s*(?:,|$)")
+_RANKS = re.compile(r"\s*(?:\d+\s*(?:,\s*\d+\s*)*,?\s*)?")
+
+LONGEST_RANK = 20
+"""Characters of one rank, spaces included; a layer has no more channels than that."""
 
 
 @dataclass(frozen=True)
@@ -105,16 +109,18 @@ def parse_config_str(text: str) -> dict[str, tuple[int, ...]]:
         ValueError: the text is not of this form, or names a layer twice.
     """
     config: dict[str, tuple[int, ...]] = {}
-    position = 0
-    while text[position:].strip():
+    position, end = 0, len(text.rstrip())
+    while position < end:
         match = _LAYER.match(text, position)
-        if match is None:
+        if match is None or not _RANKS.fullmatch(match["ranks"]):
             raise ValueError(
                 f"cannot read rank configuration at {text[position : position + 40]!r}; "
                 "expected 'layer:(rank, ...), layer:(rank, ...)'"
             )
         if match["name"] in config:
-            raise ValueError(f"layer {match['name']!r} is named twice in rank configuration {text!r}")
+            raise ValueError(f"layer {match['name']!r} is named twice in rank configuration {text[:80]!r}")
+        if max(map(len, match["ranks"].split(","))) > LONGEST_RANK:
+            raise ValueError(f"layer {match['name']!r} has a rank of more than {LONGEST_RANK} digits")
         config[match["name"]] = tuple(int(rank) for rank in match["ranks"].split(",") if rank.strip())
         position = match.end()
     return config

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
@@ -118,6 +119,14 @@ class Experiment:
         chosen = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
         self.device = torch.device(chosen)
         self._done: dict[str, Any] = {}
+        self._held = ExitStack()
+
+    def close(self) -> None:
+        """Close the log and let go of the folder; both end with the process anyway."""
+        if "open_log" in self._done:
+            self._done["open_log"].close()
+        self._done.clear()
+        self._held.close()
 
     @step
     def load_data(self) -> Dataset:
@@ -148,7 +157,12 @@ class Experiment:
 
     @step
     def factorize(self) -> ModelFactors:
-        """The model factorised once, in the metric of what its layers compute."""
+        """The model factorised once, in the metric of what its layers compute. From here on the folder is held.
+
+        Raises:
+            SearchBusy: another process is at work in the run's folder.
+        """
+        self._held.enter_context(exclusive(self.settings.state_folder))
         dense, images = self.prepare_baseline().model, self.draw_calibration()
         with self._clock.step("factorize"):
             return factorize(dense, images, layers=self.settings.layers)
@@ -215,9 +229,7 @@ class Experiment:
     @step
     def screen(self) -> list[Record]:
         """The record of every candidate, screened without training."""
-        search = self.solve_policies()
-        with exclusive(self.settings.state_folder):
-            return search.run(progress=self.progress)
+        return self.solve_policies().run(progress=self.progress)
 
     def promote(self) -> list[Record]:
         """The best candidates of each budget."""
@@ -229,10 +241,9 @@ class Experiment:
         s, dataset, promoted, log = self.settings, self.load_data(), self.promote(), self.open_log()
         training = s.finetune_recipe(len(dataset.train))
         settings = FinetuneSettings(training, s.model, self.prepare_baseline().test_accuracy, tolerance=s.tolerance)
-        with exclusive(s.state_folder):
-            finalists = finetune_promoted(
-                promoted, self.make_screener(), dataset, settings, s.state_folder, log, progress=self.progress
-            )
+        finalists = finetune_promoted(
+            promoted, self.make_screener(), dataset, settings, s.state_folder, log, progress=self.progress
+        )
         log.header({"search_seconds": self.search_seconds()})
         return finalists
 

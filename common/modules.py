@@ -141,6 +141,15 @@ def _uncopied(model: nn.Module, memo: Mapping[int, object]) -> str | None:
     return None
 
 
+def out_of_memory(error: BaseException) -> str | None:
+    """What an error says if memory ran out, on a GPU or on a CPU (a plain RuntimeError there); None for others."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    ):
+        return f"out of memory: {first_line(error) if str(error) else 'the operating system gave no more'}"
+    return None
+
+
 def first_line(error: BaseException) -> str:
     """The kind of an error and the first line of what it says, without a terminal's escape codes."""
     lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
+
+from .checked import check_fields, from_text
+from .compress.selection import LAYER_SETS
+from .deploy.runtimes import RUNTIMES
 from .finetune import UNNORMALISED, TrainSettings, recipe
-from .models import canonical_name
+from .models import canonical_name, check_image_size
+from .search import SAMPLERS
 
 PRESETS = ("quick", "cpu", "full")
 """quick: scikit-learn's digits, minutes on a laptop · cpu: MNIST, about an hour on two cores ·
 full: 224 px on a GPU."""
 
 COSTS = ("flops", "params", "mix", "latency")
+DEVICES = r"^(auto|cpu|mps|cuda(:\d+)?)$"
 SENSITIVITIES = ("blended", "measured", "proxy")
+
+
+def _one_of(names: tuple[str, ...]) -> str:
+    return f"one of {', '.join(names)}"
 
 
 @dataclass(frozen=True)
@@ -55,54 +66,44 @@ class RunSettings:
     """
 
     model: str
-    dataset: str
-    image_size: int
+    dataset: Annotated[str, Field(min_length=1, description="the name of a data set, or folder:PATH")]
+    image_size: Annotated[int, Field(ge=8, le=4096, description="8 to 4096 pixels")]
     preset: str = "custom"
     data_root: str | None = None
-    weights: str = "none"
-    train_limit: int | None = None
-    baseline_epochs: int = 3
-    layers: str = "all"
-    budgets: tuple[float, ...] = (0.30, 0.15, 0.08)
-    cost: str = "flops"
-    candidates: int = 34
-    sampler: str = "policy"
-    sensitivity: str = "blended"
-    calibration_images: int = 2000
-    val_images: int | None = None
-    screen_images: int = 2000
-    promote: int = 2
-    finetune_epochs: int = 3
-    tolerance: float = 0.02
-    latency_batch: int = 16
-    runtime: str = "onnxruntime"
-    device: str = "auto"
-    seed: int = 0
-    split_seed: int = 0
+    weights: Annotated[str, Field(min_length=1, description="none, imagenet or the path of a checkpoint")] = "none"
+    train_limit: Annotated[int | None, Field(ge=1, description="a number of images, at least 1, or None")] = None
+    baseline_epochs: Annotated[int, Field(ge=1, le=10_000, description="a number of epochs, at least 1")] = 3
+    layers: Annotated[Literal[LAYER_SETS], Field(description=_one_of(LAYER_SETS))] = "all"
+    budgets: Annotated[
+        tuple[Annotated[float, Field(gt=0, le=1)], ...],
+        Field(min_length=1, description="shares of the dense cost, at least one, each above 0 and at most 1"),
+    ] = (0.30, 0.15, 0.08)
+    cost: Annotated[Literal[COSTS], Field(description=_one_of(COSTS))] = "flops"
+    candidates: Annotated[int, Field(ge=1, le=100_000, description="a number per budget, at least 1")] = 34
+    sampler: Annotated[Literal[SAMPLERS], Field(description=_one_of(SAMPLERS))] = "policy"
+    sensitivity: Annotated[Literal[SENSITIVITIES], Field(description=_one_of(SENSITIVITIES))] = "blended"
+    calibration_images: Annotated[int, Field(ge=1, description="a number of images, at least 1")] = 2000
+    val_images: Annotated[int | None, Field(ge=1, description="a number of images, at least 1, or None")] = None
+    screen_images: Annotated[int, Field(ge=1, description="a number of images, at least 1")] = 2000
+    promote: Annotated[int, Field(ge=1, description="a number per budget, at least 1")] = 2
+    finetune_epochs: Annotated[int, Field(ge=1, le=3, description="1 to 3 epochs")] = 3
+    tolerance: Annotated[float, Field(ge=0, lt=1, description="a share of accuracy in [0, 1)")] = 0.02
+    latency_batch: Annotated[int, Field(ge=1, le=65_536, description="a number of images, at least 1")] = 16
+    runtime: Annotated[Literal[RUNTIMES], Field(description=_one_of(RUNTIMES))] = "onnxruntime"
+    device: Annotated[
+        str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
+    ] = "auto"
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")] = 0
+    split_seed: Annotated[int, Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")] = 0
     folder: str = "logs"
     baselines: str = "finetuned/saved_models"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", canonical_name(self.model))
-        object.__setattr__(self, "budgets", tuple(self.budgets))
-        if self.sensitivity not in SENSITIVITIES:
-            raise ValueError(f"sensitivity must be one of {', '.join(SENSITIVITIES)}; got {self.sensitivity!r}")
-        if self.cost not in COSTS:
-            raise ValueError(f"cost must be one of {', '.join(COSTS)}; got {self.cost!r}")
-        if not 1 <= self.finetune_epochs <= 3:
-            raise ValueError(f"candidates are fine-tuned for 1 to 3 epochs; got finetune_epochs={self.finetune_epochs}")
-        for name in (
-            "baseline_epochs",
-            "candidates",
-            "calibration_images",
-            "screen_images",
-            "promote",
-            "latency_batch",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if not 0 <= self.tolerance < 1:
-            raise ValueError(f"tolerance is a share of accuracy in [0, 1); got {self.tolerance}")
+        budgets = from_text(self.budgets)
+        object.__setattr__(self, "budgets", tuple(budgets) if isinstance(budgets, list | tuple) else budgets)
+        check_fields(self)
+        check_image_size(self.model, self.image_size)
 
     @property
     def name(self) -> str:

@@ -7,6 +7,7 @@ import difflib
 import torch
 import torchvision
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 FAMILIES = {"alexnet": "alexnet", "vgg": "vgg16", "resnet": "resnet18"}
 """Family name -> the architecture it stands for."""
@@ -71,9 +72,19 @@ def skeleton(architecture: str, num_classes: int) -> nn.Module:
         with torch.device("meta"):
             return construct(architecture, num_classes=num_classes)
     except NotImplementedError:
-        # RegNet computes its widths with tensors, so it has to be built for real.
-        with torch.random.fork_rng(devices=[]):
-            return construct(architecture, num_classes=num_classes).to("meta")
+        # RegNet computes its widths with tensors: only what parameters are made by goes to the meta device there.
+        with torch.random.fork_rng(devices=[]), _ParametersOnMeta():
+            return construct(architecture, num_classes=num_classes)
+
+
+class _ParametersOnMeta(TorchFunctionMode):
+    """While active, tensors that modules allocate have shapes but no numbers; other arithmetic is done."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.empty, torch.zeros, torch.ones):
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
 
 
 def head_name(model: nn.Module) -> str:

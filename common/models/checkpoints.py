@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import atomic_path
+from ..modules import first_line
 from .architectures import canonical_name, head_name, skeleton
 
 DENSE_FORMAT = "htd-dense-1"
@@ -87,13 +90,7 @@ def load_checkpoint(
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            # Copies: what safetensors returns are windows into one mapped file.
-            state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from error
+    header, state = read_tensors(path)
     if header.get("format") != DENSE_FORMAT:
         found = header.get("format", "none")
         raise CheckpointError(
@@ -102,12 +99,53 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     try:
         metadata = {**json.loads(header["metadata"]), "architecture": canonical_name(header["architecture"])}
         metadata["classes"] = json.loads(header["classes"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} has a damaged header: {error}") from error
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} has a damaged header: {first_line(error)}") from error
     return state, metadata
 
 
+def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The header and the tensors of a safetensors file, checked to be usable; what is read is no window into the file.
+
+    Raises:
+        CheckpointError: damaged, or with tensors that no network can use.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except Exception as error:  # of safetensors, of the system, of torch for types that it does not know
+        raise CheckpointError(f"{path} is damaged or not a safetensors file: {first_line(error)}") from error
+    check_usable(state, path)
+    return header, state
+
+
+def check_usable(state: Mapping[str, Tensor], path: Path) -> None:
+    """Raise CheckpointError unless the floating tensors are of one usable type, dense and finite."""
+    floating = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+    for name, tensor in state.items():
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
+            kind = "a meta tensor" if tensor.is_meta else tensor.dtype
+            raise CheckpointError(f"{path}: tensor {name!r} should be torch.float32, is {kind}, {tensor.layout}")
+    kinds = {tensor.dtype for tensor in floating.values()}
+    if odd := kinds - {torch.float16, torch.bfloat16, torch.float32, torch.float64}:
+        raise CheckpointError(f"{path} holds numbers of type {min(map(str, odd))}, which networks do not run in")
+    if len(kinds) > 1:
+        raise CheckpointError(f"{path} mixes {', '.join(sorted(map(str, kinds)))}: convert it to one type")
+    for name, tensor in floating.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{path}: tensor {name!r} has NaN or infinite entries")
+
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "ema")
+"""Keys under which training scripts keep the state dict beside epoch, optimizer and the like."""
+
+PREFIXES = ("module.", "_orig_mod.", "model.")
+"""What DataParallel, torch.compile and Lightning put before every name."""
+
+
 def _read_state_dict(path: Path) -> dict[str, Tensor]:
+    _refuse_bombs(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -115,17 +153,54 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
             f"{path} is damaged or holds pickled objects, which are not loaded because they can run code: "
             "save model.state_dict() instead"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged: {' '.join(str(error).split())}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    except Exception as error:  # a damaged pickle makes torch raise whatever it stumbles over
+        raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
+    state = plain_state(state, path)
+    check_usable(state, path)
+    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+
+
+def plain_state(state: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict itself, out of the dictionary and the prefixes that training scripts wrap it in.
+
+    Raises:
+        CheckpointError: there is none in it.
+    """
+    if isinstance(state, Mapping) and not any(isinstance(value, Tensor) for value in state.values()):
+        state = next((state[key] for key in WRAPPERS if isinstance(state.get(key), Mapping)), state)
+    if (
+        not isinstance(state, Mapping)
+        or not state
+        or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items())
+    ):
         raise CheckpointError(f"{path} is not a state dict (parameter name -> tensor)")
+    state = dict(state)
+    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in state)), None):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
+
+
+def _refuse_bombs(path: Path) -> None:
+    """Torch stores its records as they are: one that is packed unpacks to anything."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
+    size = path.stat().st_size
+    packed = any(one.compress_type != zipfile.ZIP_STORED for one in records)
+    if packed or sum(one.file_size for one in records) > size:
+        raise CheckpointError(f"{path} is packed, which torch's checkpoints are not: it may unpack to any size")
 
 
 def _rebuild(state: dict[str, Tensor], architecture: str, num_classes: int | None, path: Path) -> nn.Module:
     head = head_name(skeleton(architecture, 2)) + ".weight"
     if head not in state:
         raise CheckpointError(f"{path} does not hold a {architecture}: it has no tensor {head!r}")
+    if state[head].ndim < 2 or not 1 <= state[head].shape[0] <= state[head].numel():
+        raise CheckpointError(f"{path} has a head {head!r} of shape {tuple(state[head].shape)}, which is none")
     found = state[head].shape[0]
     if num_classes is not None and found != num_classes:
         raise CheckpointError(f"{path} has a head of {found} classes, but {num_classes} were asked for")

@@ -18,6 +18,9 @@ from ..compress import Geometry, HTLayer
 LARGEST = 2**24
 """Upper limit of every size in a description; a layer of a CNN stays far below it."""
 
+LARGEST_STEP = 1024
+"""Upper limit of strides, paddings and dilations: a wider one would make of any image a map that fills the memory."""
+
 LONGEST = 8
 """Most modules in a sequence: four stages, and what goes between them."""
 
@@ -184,22 +187,22 @@ def _field(spec: Any, key: str) -> Any:
     return spec[key]
 
 
-def _size(spec: Mapping[str, Any], key: str, lowest: int = 1) -> int:
+def _size(spec: Mapping[str, Any], key: str, lowest: int = 1, most: int = LARGEST) -> int:
     value = _field(spec, key)
-    if type(value) is not int or not lowest <= value <= LARGEST:
-        raise ValueError(f"{key} must be a whole number in {lowest}..{LARGEST}; got {_short(value)}")
+    if type(value) is not int or not lowest <= value <= most:
+        raise ValueError(f"{key} must be a whole number in {lowest}..{most}; got {_short(value)}")
     return value
 
 
-def _sizes(spec: Mapping[str, Any], key: str, count: int, lowest: int = 1) -> list[int]:
+def _sizes(spec: Mapping[str, Any], key: str, count: int, lowest: int = 1, most: int = LARGEST) -> list[int]:
     values = _field(spec, key)
     if not isinstance(values, (list, tuple)) or len(values) != count:
         raise ValueError(f"{key} must be a list of {count} whole numbers; got {_short(values)}")
-    return [_size({key: value}, key, lowest) for value in values]
+    return [_size({key: value}, key, lowest, most) for value in values]
 
 
 def _pair(spec: Mapping[str, Any], key: str, lowest: int) -> tuple[int, int]:
-    height, width = _sizes(spec, key, 2, lowest)
+    height, width = _sizes(spec, key, 2, lowest, LARGEST_STEP)
     return height, width
 
 

@@ -1,9 +1,9 @@
 """From runs to logs, tables and figures; free of torch, and of matplotlib until a figure is drawn."""
 
-from .log_format import record_problem
 from .log_reader import SCHEMA, VERSION, ParsedLog, read_log, to_json
 from .runlog import RunLog
 from .runs import load_runs
+from .schema import record_problem
 from .tables import (
     TIE_RULES,
     Candidate,

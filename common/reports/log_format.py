@@ -4,26 +4,31 @@ One event a line, `time - process - LEVEL - message`; each evaluated candidate i
 followed by a JSON block. Imports nothing heavy, so that the scripts which read logs start at once.
 """
 
+import hashlib
 import json
 import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..configuration import parse_config_str
-
 CANDIDATE_MARKER = "compressed_model:"
 EVENT = re.compile(
-    r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) - (?P<process>.+?) - (?P<level>[A-Z]+) - (?P<message>.*)"
+    r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) - (?P<process>.{1,120}?) - "
+    r"(?P<level>[A-Z]{1,20}) - (?P<message>.*)"
 )
 BASELINE = re.compile(
     r"Baseline (?P<architecture>\S+): params=(?P<params>[^,]+), FLOPs=(?P<flops>[^,]+), "
     r"accuracy=(?P<accuracy>[^,]+), inference_time=(?P<inference_time>null|\S+s)$"
 )
 HEADER = re.compile(r"Header (?P<key>[\w.-]+): (?P<value>.*)$")
-STATUSES = ("screened", "fine-tuned", "failed")
-# `accepted` is the writer's own verdict; a table decides anew with the tolerance it is asked for.
-RECORD_KEYS = ("config_str", "params", "flops", "accuracy", "inference_time", "compression_rate")
+CHECKSUM = "checksum"
+"""Key of a block that says what the others come to: a value that something altered on the way is found by it."""
+
+
+def checksum(record: Mapping[str, Any]) -> str:
+    """What a record's members but the checksum come to, whatever their order."""
+    rest = {key: value for key, value in record.items() if key != CHECKSUM}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
 
 
 def status_of(record: Mapping[str, Any]) -> str:
@@ -47,43 +52,6 @@ def without_nonfinite(record: Mapping[str, Any]) -> dict[str, Any]:
     return clean
 
 
-def record_problem(record: Any) -> str | None:
-    """What is wrong with a candidate's record, in a few words, or None. A failed one needs only `config_str`."""
-    if not isinstance(record, Mapping):
-        return f"is a {type(record).__name__}, not a JSON object"
-    config = record.get("config_str")
-    if not isinstance(config, str):
-        return "has no config_str"
-    try:
-        parse_config_str(config)
-    except ValueError as error:
-        return str(error)
-    if record.get("status") not in (None, *STATUSES):
-        return f"has status {record['status']!r}, expected one of {', '.join(STATUSES)}"
-    if record.get("status") == "failed":
-        return None
-    missing = [key for key in RECORD_KEYS if key not in record]
-    if missing:
-        return f"lacks {', '.join(missing)}"
-    return _bad_number(record)
-
-
-def _bad_number(record: Mapping[str, Any]) -> str | None:
-    legal = {
-        "params": lambda value: _is_number(value) and value > 0,
-        "flops": lambda value: _is_number(value) and value >= 0,
-        "accuracy": lambda value: value is None or (_is_number(value) and 0 <= value <= 1),
-        "val_accuracy": lambda value: value is None or (_is_number(value) and 0 <= value <= 1),
-        "inference_time": lambda value: value is None or (_is_number(value) and value > 0),
-        "baseline_inference_time": lambda value: value is None or (_is_number(value) and value > 0),
-        "compression_rate": lambda value: value is None or (_is_number(value) and value > 0),
-    }
-    for key, is_legal in legal.items():
-        if key in record and not is_legal(record[key]):
-            return f"has {key} {record[key]!r}, out of its range"
-    return None
-
-
 def format_value(value: Any) -> str:
     """A header value on one line: a string as it stands unless it would read back as something else, else JSON."""
     if isinstance(value, str) and value.isprintable() and value == value.strip() and parse_value(value) == value:
@@ -94,13 +62,11 @@ def format_value(value: Any) -> str:
 def parse_value(text: str) -> Any:
     """The inverse of `format_value`."""
     try:
-        return json.loads(text, parse_constant=str)
-    except json.JSONDecodeError:
+        value = json.loads(text, parse_constant=str)
+        json.dumps(value, allow_nan=False)  # 1e999 is read as an infinity, and nothing could write it again
+    except (ValueError, RecursionError):
         return text
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value
 
 
 def _finite(value: Any) -> Any:
@@ -124,7 +90,7 @@ def is_member(text: str) -> bool:
         return False
     try:
         json.loads("{" + stripped.removesuffix(",") + "}")
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -137,6 +103,8 @@ def decode_block(lines: list[tuple[int, str]]) -> tuple[dict[str, Any] | None, s
     """
     try:
         return _load(lines), "", []
+    except RecursionError:
+        return None, "is nested too deeply", []
     except ValueError as error:
         problem = f"is not valid JSON ({error})"
     alien = {number for number, text in lines if not (is_member(text) or text.strip() in ("{", "}"))}
@@ -144,7 +112,7 @@ def decode_block(lines: list[tuple[int, str]]) -> tuple[dict[str, Any] | None, s
         return None, problem, []
     try:
         return _load([(number, text) for number, text in lines if number not in alien]), "", sorted(alien)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None, problem, []
 
 

@@ -16,15 +16,17 @@ from ..configuration import format_config_str
 from .log_format import (
     BASELINE,
     CANDIDATE_MARKER,
+    CHECKSUM,
     EVENT,
     HEADER,
+    checksum,
     decode_block,
     is_member,
     parse_value,
-    record_problem,
     status_of,
     without_nonfinite,
 )
+from .schema import Baseline, problem, record_problem
 
 SCHEMA = "htd-run"
 VERSION = 1
@@ -76,12 +78,17 @@ def read_log(path: str | os.PathLike) -> ParsedLog:
 
     Raises:
         OSError: the file cannot be read.
+        ValueError: there is text in it, but nothing of a log.
     """
     path = Path(path)
     reader = _Reader(path)
-    for number, text in _lines(path.read_bytes()):
-        reader.take(number, text)
-    return reader.finish()
+    text = _text(path.read_bytes(), path)
+    for number, line in _lines(text):
+        reader.take(number, line)
+    parsed = reader.finish()
+    if text.strip() and not reader.events:
+        raise ValueError(f"{path} is no log: it has text, but no line of the form 'time - process - LEVEL - message'")
+    return parsed
 
 
 def to_json(parsed: ParsedLog) -> dict[str, Any]:
@@ -111,6 +118,7 @@ class _Reader:
         self.failures: list[dict[str, Any]] = []
         self.warnings: list[str] = []
         self.damaged = 0
+        self.events = 0  # lines and blocks that belong to a log
         self.marker_line: int | None = None
         self.block: list[tuple[int, str]] = []
 
@@ -147,6 +155,7 @@ class _Reader:
         )
 
     def _take_event(self, number: int, message: str) -> None:
+        self.events += 1
         if message == CANDIDATE_MARKER:
             self._abandon_block()
             self.marker_line = number
@@ -178,8 +187,9 @@ class _Reader:
             }
         except ValueError:
             baseline = None
-        if baseline is None or not _is_legal_baseline(baseline):
-            self._warn(number, f"baseline with values out of range {fields}, ignored")
+        wrong = "has no numbers" if baseline is None else problem(Baseline, baseline)
+        if wrong is not None:
+            self._warn(number, f"baseline with values out of range, it {wrong}; ignored")
         elif self.baseline is not None and baseline["architecture"] != self.baseline["architecture"]:
             self._warn(
                 number,
@@ -192,7 +202,7 @@ class _Reader:
     def _take_failure(self, config: str, reason: str) -> None:
         try:
             config = format_config_str(ast.literal_eval(config))
-        except (ValueError, SyntaxError, TypeError, AttributeError):
+        except (ValueError, SyntaxError, TypeError, AttributeError, OverflowError, RecursionError, MemoryError):
             reason = f"{reason} (its configuration could not be read)"
         self.failures.append({"config_str": config, "reason": reason})
 
@@ -210,18 +220,24 @@ class _Reader:
         lines, marked = self.block, self.marker_line is not None
         self.marker_line, self.block = None, []
         number = lines[0][0]
-        record, problem, aliens = decode_block(lines)
+        record, wrong, aliens = decode_block(lines)
         if record is None and not marked and not any("config_str" in text for _, text in lines):
             return  # some other program's JSON
         if record is None:
-            self._damage(number, problem)
+            self._damage(number, wrong)
             return
+        self.events += 1
+        if CHECKSUM in record:
+            if record[CHECKSUM] != checksum(record):
+                self._damage(number, "was altered: its checksum does not agree with its values")
+                return
+            del record[CHECKSUM]
         for alien in aliens:
             self._warn(alien, "alien line inside a candidate's block, skipped")
         clean = without_nonfinite(record)
-        problem = record_problem(clean)
-        if problem is not None:
-            self._damage(number, problem)
+        wrong = record_problem(clean)
+        if wrong is not None:
+            self._damage(number, wrong)
             return
         if clean != record:
             self._warn(number, f"candidate kept as failed: {clean['reason']}")
@@ -244,9 +260,30 @@ class _Reader:
         self.warnings.append(f"{place}: {message}")
 
 
-def _lines(raw: bytes) -> Iterator[tuple[int, str]]:
-    """Numbered lines without BOM and line ends. A bare carriage return (a progress bar) divides a line too."""
-    for number, line in enumerate(raw.decode("utf-8-sig", errors="replace").split("\n"), start=1):
+_COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+
+def _text(raw: bytes, path: Path) -> str:
+    """The text of a log, whatever wrote it: UTF-8, or the UTF-16 of PowerShell's `>`; without a terminal's colours.
+
+    Raises:
+        ValueError: UTF-16 that cannot be decoded.
+    """
+    encoding = "utf-8-sig"
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        encoding = "utf-16"
+    elif raw[1:2] == b"\0" or raw[:1] == b"\0":
+        encoding = "utf-16-le" if raw[1:2] == b"\0" else "utf-16-be"
+    try:
+        text = raw.decode(encoding, errors="replace")
+    except UnicodeError as error:
+        raise ValueError(f"{path} looks like UTF-16 and cannot be read as such: {error}") from error
+    return _COLOURS.sub("", text)
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """Numbered lines without line ends. A bare carriage return (a progress bar) divides a line too."""
+    for number, line in enumerate(text.split("\n"), start=1):
         for part in line.removesuffix("\r").split("\r"):
             yield number, part
 
@@ -256,13 +293,3 @@ def _trial_key(record: Mapping[str, Any], place: int) -> tuple[Any, ...]:
     if record.get("trial") is None:
         return ("place", place)
     return ("trial", record["trial"], record.get("seed"), record["config_str"])
-
-
-def _is_legal_baseline(baseline: Mapping[str, Any]) -> bool:
-    seconds = baseline["inference_time"]
-    return (
-        baseline["params"] > 0
-        and baseline["flops"] > 0
-        and 0 < baseline["accuracy"] <= 1
-        and (seconds is None or 0 < seconds < float("inf"))
-    )

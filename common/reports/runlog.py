@@ -16,7 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from .log_format import CANDIDATE_MARKER, format_value, record_problem, without_nonfinite
+from .log_format import CANDIDATE_MARKER, CHECKSUM, checksum, format_value, without_nonfinite
+from .schema import record_problem
 
 
 class RunLog:
@@ -72,7 +73,8 @@ class RunLog:
 
         Keys: config_str, params, flops, accuracy (None if only screened), inference_time (None if not measured),
         compression_rate, accepted; further keys (val_accuracy, status, reason, seed, trial, stage, budget,
-        baseline_inference_time...) are kept. A NaN or an infinity is written as null and makes the record `failed`.
+        baseline_inference_time...) are kept, and a checksum is added. A NaN or an infinity is written as null and
+        makes the record `failed`.
 
         Raises:
             ValueError: the record lacks a key or a value is out of range; only `config_str` is needed of a failed one.
@@ -81,6 +83,8 @@ class RunLog:
         problem = record_problem(clean)
         if problem is not None:
             raise ValueError(f"candidate cannot be logged: it {problem}")
+        clean = {key: value for key, value in clean.items() if key != CHECKSUM}
+        clean[CHECKSUM] = checksum(json.loads(json.dumps(clean, allow_nan=False)))
         members = [f"    {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in clean.items()]
         block = "{\n" + ",\n".join(members) + "\n}\n"
         self._write(self._line("INFO", CANDIDATE_MARKER) + block, durable=True)
@@ -106,7 +110,13 @@ class RunLog:
         return f"{stamp},{int(now % 1 * 1000):03d} - {self._process_name} - {level} - {message}\n"
 
     def _write(self, text: str, durable: bool = False) -> None:
-        """One write for the whole text: the buffer is empty before it and flushed after it."""
+        """One write for the whole text: the buffer is empty before it and flushed after it.
+
+        Raises:
+            FileNotFoundError: somebody deleted the log; what is written would be lost.
+        """
+        if os.fstat(self._file.fileno()).st_nlink == 0:
+            raise FileNotFoundError(f"{self.path} was deleted while it was being written: the run stops here")
         self._file.write(text.encode("utf-8", errors="backslashreplace"))
         self._file.flush()
         if durable:

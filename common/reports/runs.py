@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .log_format import record_problem
 from .log_reader import SCHEMA, VERSION, read_log, to_json
+from .schema import RunDocument, problem, record_problem
 
 
 def load_runs(inputs: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str], list[str]]:
@@ -45,18 +45,17 @@ def _load(path: Path) -> dict[str, Any] | None:
         return to_json(parsed)
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error})") from error
     if not isinstance(run, dict) or run.get("schema") != SCHEMA:
         return None
     if run.get("version") != VERSION:
         raise ValueError(f"{path} has schema version {run.get('version')}, not {VERSION}; run jsonify_logs.py again")
-    missing = {"header", "baseline", "counts", "candidates"} - run.keys()
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; run jsonify_logs.py again")
+    if wrong := problem(RunDocument, run):
+        raise ValueError(f"{path} {wrong}; run jsonify_logs.py again")
     for place, record in enumerate(run["candidates"]):
-        if problem := record_problem(record):
-            raise ValueError(f"{path}: candidate {place} {problem}; run jsonify_logs.py again")
+        if wrong := record_problem(record):
+            raise ValueError(f"{path}: candidate {place} {wrong}; run jsonify_logs.py again")
     return run
 
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -20,6 +19,7 @@ from ..data import Dataset
 from ..files import write_text
 from ..finetune import EpochRecord, TrainingDiverged, TrainSettings, evaluate, teacher_logits, train
 from ..models import load_compressed, save_compressed
+from ..modules import out_of_memory
 from ..reports import RunLog, is_accepted
 from .records import Record, restored, stored
 from .screening import Screener
@@ -116,8 +116,10 @@ def finetune_promoted(
                 run = _Run(record, screener, dataset, plan, folder, teacher)
                 try:
                     scores[trial] = run.until(epoch)
-                except (TrainingDiverged, torch.OutOfMemoryError, MemoryError) as failure:
-                    reason = str(failure) or "out of memory"
+                except (TrainingDiverged, RuntimeError, MemoryError) as failure:
+                    reason = str(failure) if isinstance(failure, TrainingDiverged) else out_of_memory(failure)
+                    if reason is None:
+                        raise
                     results[trial] = Finalist({**record, "status": "failed", "reason": reason}, None)
                 bar.update()
                 bar.set_postfix_str(f"{trial}: validation {scores.get(trial, float('nan')):.4f}")

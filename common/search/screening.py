@@ -14,7 +14,7 @@ from ..compress import ModelFactors, recalibrate
 from ..configuration import Ranks
 from ..data import Split
 from ..finetune import check_head
-from ..modules import evaluating, evaluation_batch
+from ..modules import evaluating, evaluation_batch, out_of_memory
 from .sensitivity import divergence
 
 
@@ -79,9 +79,10 @@ class Screener:
         started = time.perf_counter()
         try:
             accuracy, distance = self._evaluate(self.build(config))
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            said = str(error).splitlines() or ["the operating system gave no more"]
-            raise CandidateFailed(f"out of memory: {said[0]}") from error
+        except (RuntimeError, MemoryError) as error:
+            if (reason := out_of_memory(error)) is None:
+                raise
+            raise CandidateFailed(reason) from error
         if not torch.isfinite(torch.tensor(distance)):
             raise CandidateFailed(f"the compressed network's outputs are not finite (divergence {distance})")
         factors = self.factors

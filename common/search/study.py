@@ -11,13 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import optuna
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
+from pydantic import Field
 from tqdm import tqdm
 
+from ..checked import check_fields
 from ..configuration import Configuration
 from ..ranks import CostMeasure, Menus
 from ..reports import RunLog, read_log
@@ -47,26 +49,25 @@ class SearchSettings:
         seed: decides every draw.
     """
 
-    budgets: tuple[float, ...] = (0.30, 0.15, 0.08)
-    candidates: int = 34
-    sampler: str = "policy"
-    objective: str = "divergence"
+    budgets: Annotated[
+        tuple[Annotated[float, Field(gt=0, le=1)], ...],
+        Field(min_length=1, description="shares of the dense cost, at least one, each above 0 and at most 1"),
+    ] = (0.30, 0.15, 0.08)
+    candidates: Annotated[int, Field(ge=1, description="a number per budget, at least 1")] = 34
+    sampler: Annotated[Literal[SAMPLERS], Field(description=f"one of {', '.join(SAMPLERS)}")] = "policy"
+    objective: Annotated[Literal[tuple(OBJECTIVES)], Field(description=f"one of {', '.join(OBJECTIVES)}")] = (
+        "divergence"
+    )
     cost: CostMeasure = field(default_factory=CostMeasure)
-    temperature: float = TEMPERATURE
-    update_rate: float = UPDATE_RATE
+    temperature: Annotated[float, Field(gt=0, description="a positive number")] = TEMPERATURE
+    update_rate: Annotated[float, Field(ge=0, le=1, description="a share in [0, 1]")] = UPDATE_RATE
     use_sensitivity: bool = True
     use_size: bool = True
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, description="a whole number, 0 or more")] = 0
 
     def __post_init__(self) -> None:
-        if not self.budgets or not all(0 < budget <= 1 for budget in self.budgets):
-            raise ValueError(f"budgets are shares in (0, 1], at least one; got {self.budgets}")
-        if self.candidates < 1:
-            raise ValueError(f"candidates must be at least 1 per budget; got {self.candidates}")
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}; got {self.sampler!r}")
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {self.objective!r}")
+        object.__setattr__(self, "budgets", tuple(self.budgets))
+        check_fields(self)
 
 
 class Search:
