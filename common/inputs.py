@@ -66,6 +66,29 @@ def like_model(inputs: Inputs, model: nn.Module) -> Inputs:
     return tree_map(lambda t: t.to(parameter.device, parameter.dtype if t.is_floating_point() else t.dtype), inputs)
 
 
+def channels_last(inputs: Inputs) -> Inputs:
+    """Feature maps (four axes) in channels-last memory; other tensors as they are."""
+    return tree_map(lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t, inputs)
+
+
+def pairs_of(given: Any, argument: str = "data") -> Iterator[tuple[Inputs, Any]]:
+    """The (inputs, targets) of every batch of a loader, of a list of batches, or of one of our splits.
+
+    Raises:
+        ValueError: a batch without targets, naming the argument.
+    """
+    batches = given.batches(256) if hasattr(given, "batches") else given
+    if not isinstance(batches, Iterable):
+        raise ValueError(f"{argument} must yield pairs of inputs and targets; got a {type(given).__name__}")
+    for batch in batches:
+        if hasattr(batch, "images"):
+            yield batch.images, batch.labels
+        elif isinstance(batch, list | tuple) and len(batch) == 2:
+            yield inputs_of(batch, argument), batch[1]
+        else:
+            raise ValueError(f"{argument} must yield pairs of inputs and targets; got a {type(batch).__name__}")
+
+
 def inputs_of(batch: Any, argument: str = "images") -> Inputs:
     """The inputs in one batch: the batch itself, or the first of a pair (inputs, targets), or `batch.images`.
 
@@ -100,6 +123,7 @@ def batches_of(given: Batches, argument: str = "images") -> Iterator[Inputs]:
     Raises:
         ValueError: something that is neither inputs nor batches of them, naming the argument.
     """
+    given = given.batches(256) if hasattr(given, "batches") else given  # one of our splits
     if isinstance(given, tuple):
         yield inputs_of(_Several(given), argument)
     elif isinstance(given, Tensor | np.ndarray | Mapping):

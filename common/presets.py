@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from .checked import check_fields, from_text
-from .compress.selection import LAYER_SETS
-from .deploy.runtimes import RUNTIMES
 from .finetune import UNNORMALISED, TrainSettings, recipe
 from .models import canonical_name, check_image_size
-from .search import SAMPLERS
+from .run import SearchKnobs
 
 PRESETS = ("quick", "cpu", "full")
 """quick: scikit-learn's digits, minutes on a laptop · cpu: MNIST, about an hour on two cores ·
 full: 224 px on a GPU."""
 
-COSTS = ("flops", "params", "mix", "latency")
-DEVICES = r"^(auto|cpu|mps|cuda(:\d+)?)$"
-SENSITIVITIES = ("blended", "measured", "proxy")
-
-
-def _one_of(names: tuple[str, ...]) -> str:
-    return f"one of {', '.join(names)}"
-
 
 @dataclass(frozen=True)
-class RunSettings:
-    """Everything that a run depends on.
+class RunSettings(SearchKnobs):
+    """Everything that a run on a named network and data set depends on; see also `SearchKnobs`.
 
     Attributes:
         model: architecture or family: resnet18, vgg16, alexnet, or any torchvision classification CNN.
@@ -39,29 +28,13 @@ class RunSettings:
         preset: the preset this came from, for the log.
         data_root: where the data set lies; None: $HTD_DATA, else data.
         weights: what the baseline starts from: imagenet, none, or the path of a checkpoint.
-        train_limit: training images used, None for all.
+        train_limit: stratified subset of the training images used, None for all.
         baseline_epochs: of the dense network, when it has to be trained.
-        layers: which layers are factorised; one of common.compress.LAYER_SETS.
-        budgets: shares of the dense cost that candidates may keep.
-        cost: what the budgets are shares of: flops, params, the mean of the two (mix), or latency (measured, in the
-            runtime of the run).
-        candidates: screened per budget.
-        sampler: policy, tpe, random or nsga2.
-        sensitivity: blended, measured or proxy; see `common.sensitivity`.
-        calibration_images: training images for moments, batch norm and biases.
         val_images: validation images evaluated after each epoch of training, None for all; chooses between the
             candidates of one budget.
-        screen_images: validation images that a candidate is screened on.
-        promote: candidates fine-tuned per budget, before halving.
         finetune_epochs: at most; 3 is the protocol's limit.
-        tolerance: accuracy on test that an accepted candidate may lose.
-        latency_batch: images per batch when speed is measured.
-        runtime: torch or onnxruntime; what both sides are deployed to.
-        device: auto, cpu, cuda.
-        seed: of everything random in the search and the fine-tuning.
         split_seed: of the validation split, the training subset and the baseline's training. Runs that differ in `seed`
             alone share it: what one of them validates on was never trained on by their common baseline.
-        folder: where the log and the state of the run go.
         baselines: where checkpoints of dense networks lie.
     """
 
@@ -73,29 +46,9 @@ class RunSettings:
     weights: Annotated[str, Field(min_length=1, description="none, imagenet or the path of a checkpoint")] = "none"
     train_limit: Annotated[int | None, Field(ge=1, description="a number of images, at least 1, or None")] = None
     baseline_epochs: Annotated[int, Field(ge=1, le=10_000, description="a number of epochs, at least 1")] = 3
-    layers: Annotated[Literal[LAYER_SETS], Field(description=_one_of(LAYER_SETS))] = "all"
-    budgets: Annotated[
-        tuple[Annotated[float, Field(gt=0, le=1)], ...],
-        Field(min_length=1, description="shares of the dense cost, at least one, each above 0 and at most 1"),
-    ] = (0.30, 0.15, 0.08)
-    cost: Annotated[Literal[COSTS], Field(description=_one_of(COSTS))] = "flops"
-    candidates: Annotated[int, Field(ge=1, le=100_000, description="a number per budget, at least 1")] = 34
-    sampler: Annotated[Literal[SAMPLERS], Field(description=_one_of(SAMPLERS))] = "policy"
-    sensitivity: Annotated[Literal[SENSITIVITIES], Field(description=_one_of(SENSITIVITIES))] = "blended"
-    calibration_images: Annotated[int, Field(ge=1, description="a number of images, at least 1")] = 2000
     val_images: Annotated[int | None, Field(ge=1, description="a number of images, at least 1, or None")] = None
-    screen_images: Annotated[int, Field(ge=1, description="a number of images, at least 1")] = 2000
-    promote: Annotated[int, Field(ge=1, description="a number per budget, at least 1")] = 2
     finetune_epochs: Annotated[int, Field(ge=1, le=3, description="1 to 3 epochs")] = 3
-    tolerance: Annotated[float, Field(ge=0, lt=1, description="a share of accuracy in [0, 1)")] = 0.02
-    latency_batch: Annotated[int, Field(ge=1, le=65_536, description="a number of images, at least 1")] = 16
-    runtime: Annotated[Literal[RUNTIMES], Field(description=_one_of(RUNTIMES))] = "onnxruntime"
-    device: Annotated[
-        str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
-    ] = "auto"
-    seed: Annotated[int, Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")] = 0
     split_seed: Annotated[int, Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")] = 0
-    folder: str = "logs"
     baselines: str = "finetuned/saved_models"
 
     def __post_init__(self) -> None:
@@ -110,14 +63,6 @@ class RunSettings:
         """What the run's log and folder are called."""
         dataset = self.dataset.removeprefix("folder:").strip("/").replace("/", "-")
         return f"{self.model}-{dataset}-{self.image_size}-{self.preset}-seed{self.seed}"
-
-    @property
-    def log_path(self) -> Path:
-        return Path(self.folder) / f"{self.name}.log"
-
-    @property
-    def state_folder(self) -> Path:
-        return Path(self.folder) / self.name
 
     def finetune_recipe(self, train_images: int) -> TrainSettings:
         """How candidates are fine-tuned: the baseline's recipe, gentler, with distillation and without augmentation.
@@ -136,10 +81,6 @@ class RunSettings:
             distill_weight=0.8,
             seed=self.seed,
         )
-
-    def rows(self) -> list[tuple[str, Any]]:
-        """(knob, value) pairs, for display."""
-        return [(field.name, getattr(self, field.name)) for field in fields(self)]
 
 
 _IMAGE_SIZES = {

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all; what a killed process leaves is no result, and goes; a folder has one owner."""
+"""Files are written whole or not at all; what a killed process leaves is no result; a folder has one owner."""
 
 import os
 import stat
@@ -17,9 +17,14 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "a.json"
     write_text(path, "old")
-    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
+
+    def fail():
+        with atomic_path(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("no space left")
+
+    with pytest.raises(RuntimeError, match="no space left"):
+        fail()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -88,7 +93,9 @@ def test_what_a_living_process_is_writing_stays(tmp_path):
 
 
 def test_a_folder_is_held_by_one_process_and_again_within_it(tmp_path):
-    code = f"from common.files import exclusive\nfrom pathlib import Path\nwith exclusive(Path({str(tmp_path)!r})): pass"
+    code = (
+        f"from common.files import exclusive\nfrom pathlib import Path\nwith exclusive(Path({str(tmp_path)!r})): pass"
+    )
     with exclusive(tmp_path), exclusive(tmp_path):
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
         assert SearchBusy.__name__ in done.stderr

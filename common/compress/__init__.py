@@ -5,6 +5,7 @@ from .htucker import DimensionTree, HTucker, hsvd
 from .layers import Geometry, HTLayer
 from .network import ModelFactors, factorize
 from .recalibration import calibrated_outputs, recalibrate
+from .selection import choose_layers
 from .trace import trace_layers
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "MatrixFactors",
     "ModelFactors",
     "calibrated_outputs",
+    "choose_layers",
     "factorize",
     "hsvd",
     "recalibrate",

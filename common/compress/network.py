@@ -68,7 +68,8 @@ class ModelFactors:
         replaced: dict[nn.Module, nn.Module] = {}
         for name, ranks in config.items():
             dense = self.model.get_submodule(name)
-            replaced[dense] = self.layers[name].layer(ranks).train(dense.training)
+            layer = self.layers[name].layer(ranks).train(dense.training)
+            replaced[dense] = layer.requires_grad_(dense.weight.requires_grad)
         return copy_with(self.model, replaced)
 
     def params(self, config: Mapping[str, Ranks]) -> int:

@@ -95,6 +95,8 @@ def load(
     train_limit: int | None = None,
     augment: bool = True,
     channels: int = 3,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
     memory_limit: int = MEMORY_LIMIT,
 ) -> Dataset:
     """Load a data set and split it.
@@ -107,6 +109,7 @@ def load(
         train_limit: keep a stratified subset of this many training images (after validation was taken).
         augment: False makes `batches(augment=True)` leave the images as they are.
         channels: of the batches, 3 or 1: gray images are repeated, colour images averaged.
+        mean, std: of pixels in 0..1, one per channel; None takes the data set's own (ImageNet's for folders).
         memory_limit: bytes; splits of an image folder above it are read from disk batch by batch.
 
     Raises:
@@ -120,7 +123,9 @@ def load(
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
     raw = _read(name, Path(root or os.environ.get("HTD_DATA") or "data"), memory_limit)
-    mean, std = (_as_channels(numbers, channels) for numbers in (raw.mean, raw.std))
+    mean, std = (_as_channels(tuple(numbers), channels) for numbers in (mean or raw.mean, std or raw.std))
+    if len(mean) != channels or len(std) != channels or min(std) <= 0:
+        raise ValueError(f"mean and std need {channels} numbers each, std above 0; got {mean} and {std}")
     image_format = ImageFormat(image_size, channels, mean, std, raw.augmentation if augment else Augmentation())
 
     rest, val_rows = _stratify(raw.train.labels, raw.classes, val_fraction, seed, "validation")

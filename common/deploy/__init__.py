@@ -2,7 +2,7 @@
 
 from .fold import fold_batch_norm
 from .network import Deployed, deploy
-from .onnx_export import export_onnx, onnx_session
+from .onnx_export import export_onnx, export_program, onnx_session
 from .plans import Measure, choose_plan, median_and_error, plain_layer, timer
 from .runtimes import Target
 
@@ -13,6 +13,7 @@ __all__ = [
     "choose_plan",
     "deploy",
     "export_onnx",
+    "export_program",
     "fold_batch_norm",
     "median_and_error",
     "onnx_session",

@@ -72,6 +72,35 @@ def export_onnx(
             _check_outputs(run(on_cpu, given), found, batch)
 
 
+def export_program(model: nn.Module | Any, example: Inputs, path: str | Path) -> None:
+    """Write the model as a `torch.export` program (.pt2) with a dynamic batch axis: torch alone loads and runs it.
+
+    Args:
+        model, example: as `export_onnx`; the program runs on the CPU.
+        path: written in one step, after the program gave the model's outputs.
+
+    Raises:
+        ValueError: the model cannot be exported, or does not give the same outputs there.
+    """
+    model = unwrapped(model if isinstance(model, nn.Module) else getattr(model, "model", model))
+    inputs = tree_map(lambda tensor: tensor.detach().cpu(), inputs_of_one(example))
+    with evaluating(model), atomic_path(path) as temporary, torch.no_grad():
+        on_cpu = model if _on_cpu(model) else copy_with(model, {}).cpu()
+        arguments, _ = _arguments(resized(inputs, 2))
+        try:
+            with _quiet():
+                program = torch.export.export(on_cpu, **arguments)
+                torch.export.save(program, temporary)
+                loaded = torch.export.load(temporary).module()
+        except Exception as error:  # the exporter raises what it likes
+            raise ValueError(
+                f"{type(model).__name__} cannot be exported by torch.export: {first_line(error)}"
+            ) from error
+        for batch in (1, max(3, length(inputs))):
+            given = resized(inputs, batch)
+            _check_outputs(run(on_cpu, given), run(loaded, given), batch)
+
+
 def inputs_of_one(example: Inputs) -> Inputs:
     """The example as inputs: a list of tensors counts as several."""
     return tuple(example) if isinstance(example, list) else example
@@ -228,15 +257,7 @@ class _GraphWriter:
 def _export(
     model: nn.Module, inputs: Inputs, target: Path | io.BytesIO, metadata: Mapping[str, Any] | None = None
 ) -> None:
-    batch = torch.export.Dim("batch")
-    shapes = tree_map(lambda _: {0: batch}, inputs)
-    if isinstance(inputs, Mapping):
-        arguments, names = {"args": (), "kwargs": dict(inputs), "dynamic_shapes": dict(shapes)}, list(inputs)
-    else:
-        several = inputs if isinstance(inputs, tuple) else (inputs,)
-        shapes = shapes if isinstance(inputs, tuple) else (shapes,)
-        arguments = {"args": several, "dynamic_shapes": shapes}
-        names = ["images"] if len(several) == 1 else [f"input{place}" for place in range(len(several))]
+    arguments, names = _arguments(inputs)
     try:
         outputs = _output_names(run(model, inputs))
         with _quiet():
@@ -250,6 +271,18 @@ def _export(
             program.save(str(target), external_data=False)
     except Exception as error:  # the exporter raises what it likes, from five libraries
         raise ValueError(f"{type(model).__name__} cannot be exported to ONNX: {first_line(error)}") from error
+
+
+def _arguments(inputs: Inputs) -> tuple[dict[str, Any], list[str]]:
+    """What the exporters are called with, the batch axis dynamic; and the names of the inputs."""
+    batch = torch.export.Dim("batch")
+    shapes = tree_map(lambda _: {0: batch}, inputs)
+    if isinstance(inputs, Mapping):
+        return {"args": (), "kwargs": dict(inputs), "dynamic_shapes": dict(shapes)}, list(inputs)
+    several = inputs if isinstance(inputs, tuple) else (inputs,)
+    shapes = shapes if isinstance(inputs, tuple) else (shapes,)
+    names = ["images"] if len(several) == 1 else [f"input{place}" for place in range(len(several))]
+    return {"args": several, "dynamic_shapes": shapes}, names
 
 
 def _output_names(output: Any) -> list[str]:

@@ -2,9 +2,10 @@
 
 from .baselines import SAVED_MODELS, Baseline, baseline, train_baseline
 from .evaluation import check_head, evaluate, predict_logits, teacher_logits
+from .precision import autocast
 from .settings import UNNORMALISED, TrainSettings, recipe
-from .state import StateMismatch
-from .training import EpochRecord, TrainingDiverged, train
+from .state import StateMismatch, TrainState
+from .training import EpochRecord, TrainingDiverged, distillation, make_optimizer, train
 
 __all__ = [
     "SAVED_MODELS",
@@ -13,10 +14,14 @@ __all__ = [
     "EpochRecord",
     "StateMismatch",
     "TrainSettings",
+    "TrainState",
     "TrainingDiverged",
+    "autocast",
     "baseline",
     "check_head",
+    "distillation",
     "evaluate",
+    "make_optimizer",
     "predict_logits",
     "recipe",
     "teacher_logits",

@@ -34,12 +34,15 @@ class TrainingDiverged(FloatingPointError):
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """One epoch, counted from 1: mean training loss, accuracy and loss on validation, wall time of both."""
+    """One epoch, counted from 1: mean training loss, accuracy and loss on validation, wall time of both.
+
+    Losses are None where somebody else's function trains or judges.
+    """
 
     epoch: int
-    train_loss: float
+    train_loss: float | None
     val_accuracy: float
-    val_loss: float
+    val_loss: float | None
     seconds: float
 
 
@@ -84,7 +87,7 @@ def train(
     _check_teacher(teacher_logits, dataset, settings)
     steps = _steps_per_epoch(dataset.train, settings)
     model.to(dataset.device, memory_format=torch.channels_last)
-    optimizer = _optimizer(model, settings)
+    optimizer = make_optimizer(model, settings)
     state = TrainState(model, optimizer, fingerprint(settings, dataset, teacher_logits))
     records = [EpochRecord(**record) for record in state.load(checkpoint)] if checkpoint else []
     bar = tqdm(total=steps * settings.epochs, initial=steps * len(records), unit="batch", disable=not progress)
@@ -164,14 +167,20 @@ def _loss(logits: Tensor, batch: Batch, settings: TrainSettings, teacher_logits:
     loss = F.cross_entropy(logits, batch.labels, label_smoothing=settings.label_smoothing)
     if teacher_logits is None:
         return loss
-    weight, temperature = settings.distill_weight, settings.distill_temperature
+    weight = settings.distill_weight
+    distance = distillation(logits, teacher_logits[batch.indices].float(), settings.distill_temperature)
+    return (1 - weight) * loss + weight * distance
+
+
+def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(teacher || model) at temperature T, the mean over all but the class axis; both (N, classes, ...)."""
     distance = F.kl_div(
         F.log_softmax(logits / temperature, dim=1),
-        F.log_softmax(teacher_logits[batch.indices].float() / temperature, dim=1),
-        reduction="batchmean",
+        F.log_softmax(teacher / temperature, dim=1),
+        reduction="sum",
         log_target=True,
     )
-    return (1 - weight) * loss + weight * temperature**2 * distance
+    return temperature**2 * distance * logits.shape[1] / logits.numel()
 
 
 def _check_losses(losses: list[Tensor], epoch: int) -> None:
@@ -204,7 +213,7 @@ def _steps_per_epoch(split: Split, settings: TrainSettings) -> int:
     return min(steps, settings.max_batches_per_epoch or steps)
 
 
-def _optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
     """Weight decay goes to kernels and matrices only: biases and norms (at most one mode) are left out."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [

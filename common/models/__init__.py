@@ -2,7 +2,7 @@
 
 from .architectures import FAMILIES, canonical_name, check_image_size
 from .build import build_model
-from .checkpoints import CheckpointError, load_checkpoint, save_checkpoint
+from .checkpoints import CheckpointError, load_checkpoint, read_state_dict, save_checkpoint
 from .compressed import load_compressed, save_compressed
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "check_image_size",
     "load_checkpoint",
     "load_compressed",
+    "read_state_dict",
     "save_checkpoint",
     "save_compressed",
 ]

@@ -82,7 +82,7 @@ def load_checkpoint(
     else:
         if expected is None:
             raise CheckpointError(f"{path} does not say its architecture: name it")
-        state = _read_state_dict(path)
+        state = read_state_dict(path)
         metadata = {"architecture": expected, "classes": None}
     model = _rebuild(state, metadata["architecture"], num_classes, path)
     metadata["num_classes"] = model.get_submodule(head_name(model)).weight.shape[0]
@@ -144,7 +144,17 @@ PREFIXES = ("module.", "_orig_mod.", "model.")
 """What DataParallel, torch.compile and Lightning put before every name."""
 
 
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a state dict that somebody saved with torch, in float32; code that a file holds is never run.
+
+    They are taken out of the dictionary and the prefixes that training scripts wrap them in.
+
+    Raises:
+        CheckpointError: missing, damaged, packed or pickled; or without a state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}")
     _refuse_bombs(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -29,8 +29,12 @@ PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 Spec = dict[str, Any]
 
 
-def differences(model: nn.Module, skeleton: nn.Module, name: str = "") -> dict[str, Spec]:
+def differences(
+    model: nn.Module, skeleton: nn.Module, name: str = "", *, plain_settings: bool = True
+) -> dict[str, Spec]:
     """Dotted name -> description of every module of ``model`` that is not as in ``skeleton``; both stay as they are.
+
+    plain_settings: compare the plain values that modules keep, too.
 
     Raises:
         ValueError: a module that is neither as in the skeleton nor of a kind that can be described, or one whose
@@ -40,13 +44,14 @@ def differences(model: nn.Module, skeleton: nn.Module, name: str = "") -> dict[s
     alike = type(model) is type(skeleton) and model.extra_repr() == skeleton.extra_repr()
     if not alike or list(children) != list(expected):
         return {name: describe(model, name)}
-    for setting, value in _settings(skeleton).items():
+    for setting, value in _settings(skeleton).items() if plain_settings else ():
         if _settings(model).get(setting) != value:
             found = _settings(model).get(setting)
             raise ValueError(f"{_place(name)} has {setting}={found!r}, the architecture has {value!r}")
     found = {}
     for child, module in children.items():
-        found |= differences(module, expected[child], f"{name}.{child}" if name else child)
+        place = f"{name}.{child}" if name else child
+        found |= differences(module, expected[child], place, plain_settings=plain_settings)
     return found
 
 

@@ -26,7 +26,7 @@ from .log_format import (
     status_of,
     without_nonfinite,
 )
-from .schema import Baseline, problem, record_problem
+from .schema import Baseline, ScoredBaseline, problem, record_problem
 
 SCHEMA = "htd-run"
 VERSION = 1
@@ -187,7 +187,11 @@ class _Reader:
             }
         except ValueError:
             baseline = None
-        wrong = "has no numbers" if baseline is None else problem(Baseline, baseline)
+        wrong = (
+            "has no numbers"
+            if baseline is None
+            else problem(ScoredBaseline if "metric" in self.header else Baseline, baseline)
+        )
         if wrong is not None:
             self._warn(number, f"baseline with values out of range, it {wrong}; ignored")
         elif self.baseline is not None and baseline["architecture"] != self.baseline["architecture"]:

@@ -72,6 +72,20 @@ class Baseline(_Strict):
     inference_time: Seconds | None
 
 
+class ScoredRecord(CandidateRecord):
+    """A candidate judged by somebody's own measure, which may lie anywhere; `metric` names it."""
+
+    metric: str
+    accuracy: StrictInt | StrictFloat | None
+    val_accuracy: StrictInt | StrictFloat | None = None
+
+
+class ScoredBaseline(Baseline):
+    """The dense network's line in a log whose header names a metric."""
+
+    accuracy: StrictInt | StrictFloat
+
+
 class Counts(_Strict):
     """How many candidates came to what."""
 
@@ -97,7 +111,7 @@ class RunDocument(_Strict):
     """The JSON that `jsonify_logs.py` writes and `analyze_results.py` reads; records are checked one by one."""
 
     header: Header
-    baseline: Baseline | None
+    baseline: Baseline | ScoredBaseline | None
     counts: Counts
     candidates: list[dict[str, Any]]
 
@@ -122,7 +136,8 @@ def record_problem(record: Any) -> str | None:
     if record.get("status") == "failed":
         return problem(FailedRecord, record)
     missing = [key for key in REQUIRED if key not in record]
-    return f"lacks {', '.join(missing)}" if missing else problem(CandidateRecord, record)
+    kind = ScoredRecord if "metric" in record else CandidateRecord
+    return f"lacks {', '.join(missing)}" if missing else problem(kind, record)
 
 
 def _said(error: ValidationError) -> str:

@@ -1,17 +1,30 @@
 """Candidates: proposed by a policy, screened, promoted, fine-tuned."""
 
 from .clock import StepClock, search_seconds
+from .divergence import accuracy, kind_for
 from .policy import MenuCosts, Policy, configuration
-from .promotion import Finalist, FinetuneSettings, epoch_seconds, finetune_promoted, promote
+from .promotion import (
+    AcceptanceRule,
+    Finalist,
+    FinetuneSettings,
+    epoch_seconds,
+    finetune_promoted,
+    finetune_with,
+    promote,
+)
 from .records import Record
 from .samplers import SAMPLERS, UPDATE_RATE, make_sampler, search_space, within_budget
 from .screening import CandidateFailed, Screener, Screening
 from .sensitivity import blended_sensitivity, measured_sensitivity, proxy_sensitivity
 from .study import Search, SearchSettings
+from .trainers import BatchTrainer, CallbackTrainer
 
 __all__ = [
     "SAMPLERS",
     "UPDATE_RATE",
+    "AcceptanceRule",
+    "BatchTrainer",
+    "CallbackTrainer",
     "CandidateFailed",
     "Finalist",
     "FinetuneSettings",
@@ -23,10 +36,13 @@ __all__ = [
     "Search",
     "SearchSettings",
     "StepClock",
+    "accuracy",
     "blended_sensitivity",
     "configuration",
     "epoch_seconds",
     "finetune_promoted",
+    "finetune_with",
+    "kind_for",
     "make_sampler",
     "measured_sensitivity",
     "promote",

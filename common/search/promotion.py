@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..configuration import Configuration
 from ..data import Dataset
 from ..files import write_text
 from ..finetune import EpochRecord, TrainingDiverged, TrainSettings, evaluate, teacher_logits, train
@@ -24,6 +26,7 @@ from ..reports import RunLog, is_accepted
 from .records import Record, restored, stored
 from .screening import Screener
 from .study import OBJECTIVES
+from .trainers import OnEpoch, Trainer
 
 _EPOCHS = ".epochs.json"
 
@@ -34,6 +37,7 @@ class Finalist:
 
     record: Record
     path: Path | None
+    trainer: Trainer | None = field(repr=False, compare=False, default=None)
 
     def load(self, device: str = "cpu") -> nn.Module:
         """The network, in eval mode.
@@ -43,7 +47,7 @@ class Finalist:
         """
         if self.path is None:
             raise ValueError(f"candidate {self.record['trial']} failed: {self.record['reason']}")
-        return load_compressed(self.path, device)[0]
+        return load_compressed(self.path, device)[0] if self.trainer is None else self.trainer.load(self.path, device)
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,39 @@ def finetune_promoted(
     *,
     progress: bool = True,
 ) -> list[Finalist]:
-    """Fine-tune with successive halving, distilling from the dense network; evaluate the survivors once on test.
+    """Fine-tune on one of our data sets, distilling from the dense network; evaluate the survivors once on test.
+
+    See `finetune_with`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    teacher = teacher_logits(screener.factors.model, dataset, folder) if plan.settings.distill_weight > 0 else None
+    trainer = _SplitTrainer(dataset, plan, teacher)
+    standard = AcceptanceRule(plan.baseline_accuracy, plan.tolerance)
+    return finetune_with(promoted, screener, trainer, standard, folder, log, progress=progress)
+
+
+@dataclass(frozen=True)
+class AcceptanceRule:
+    """The dense network's final score (None: there is no metric), and how much of it a candidate may lose."""
+
+    baseline: float | None
+    tolerance: float
+
+    def accepts(self, score: float | None) -> bool:
+        return self.baseline is not None and is_accepted(score, self.baseline, self.tolerance)
+
+
+def finetune_with(
+    promoted: list[Record],
+    screener: Screener,
+    trainer: Trainer,
+    standard: AcceptanceRule,
+    folder: Path,
+    log: RunLog,
+    *,
+    progress: bool = True,
+) -> list[Finalist]:
+    """Fine-tune with successive halving; give the survivors their final score.
 
     Returns the survivors and the failures, in the order of `promoted`; who was given up when is said in the log.
 
@@ -105,31 +141,30 @@ def finetune_promoted(
     does not fit into memory becomes a failed record, and the others go on.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    teacher = teacher_logits(screener.factors.model, dataset, folder) if plan.settings.distill_weight > 0 else None
     running = {record["trial"]: record for record in promoted}
     results: dict[str, Finalist] = {}
-    bar = tqdm(total=len(promoted) * plan.settings.epochs, desc="fine-tuning", unit="epoch", disable=not progress)
+    bar = tqdm(total=len(promoted) * trainer.epochs, desc="fine-tuning", unit="epoch", disable=not progress)
     with bar:
-        for epoch in range(1, plan.settings.epochs + 1):
+        for epoch in range(1, trainer.epochs + 1):
             scores = {}
             for trial, record in running.items():
-                run = _Run(record, screener, dataset, plan, folder, teacher)
+                run = _Run(record, screener, trainer, standard, folder)
                 try:
                     scores[trial] = run.until(epoch)
                 except (TrainingDiverged, RuntimeError, MemoryError) as failure:
                     reason = str(failure) if isinstance(failure, TrainingDiverged) else out_of_memory(failure)
                     if reason is None:
                         raise
-                    results[trial] = Finalist({**record, "status": "failed", "reason": reason}, None)
+                    results[trial] = Finalist({**record, "status": "failed", "reason": reason}, None, trainer)
                 bar.update()
                 bar.set_postfix_str(f"{trial}: validation {scores.get(trial, float('nan')):.4f}")
-            kept = _survivors(running, scores, last=epoch == plan.settings.epochs)
+            kept = _survivors(running, scores, last=epoch == trainer.epochs)
             for trial in set(scores) - set(kept):
                 log.info(f"Gave up {trial} after epoch {epoch}: validation accuracy {scores[trial]:.4f}")
-            bar.total -= (len(running) - len(kept)) * (plan.settings.epochs - epoch)
+            bar.total -= (len(running) - len(kept)) * (trainer.epochs - epoch)
             running = {trial: running[trial] for trial in kept}
     for record in running.values():
-        results[record["trial"]] = _Run(record, screener, dataset, plan, folder, teacher).finish()
+        results[record["trial"]] = _Run(record, screener, trainer, standard, folder).finish()
     return [results[record["trial"]] for record in promoted if record["trial"] in results]
 
 
@@ -139,19 +174,65 @@ def epoch_seconds(folder: Path) -> list[float]:
     return [one["seconds"] for path in files for one in json.loads(path.read_text())]
 
 
+@dataclass(frozen=True)
+class _SplitTrainer:
+    """Trains on one of our data sets, whose teacher's outputs were computed once; see `Trainer`."""
+
+    dataset: Dataset
+    plan: FinetuneSettings
+    teacher: Tensor | None
+
+    @property
+    def epochs(self) -> int:
+        return self.plan.settings.epochs
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        return asdict(self.plan.settings)
+
+    def train(self, model: nn.Module, checkpoint: Path, on_epoch: OnEpoch) -> list[EpochRecord]:
+        history = train(
+            model,
+            self.dataset,
+            self.plan.settings,
+            teacher_logits=self.teacher,
+            checkpoint=checkpoint,
+            progress=False,
+            on_epoch=on_epoch,
+        )
+        return list(history.epochs)
+
+    def test(self, model: nn.Module) -> float:
+        return evaluate(model, self.dataset.test).accuracy
+
+    def save(self, model: nn.Module, path: Path, config: Configuration, metadata: dict[str, Any]) -> None:
+        save_compressed(
+            model,
+            path,
+            architecture=self.plan.architecture,
+            num_classes=self.dataset.num_classes,
+            image_size=self.dataset.image_size,
+            config=config,
+            metadata={
+                "dataset": self.dataset.name,
+                "classes": list(self.dataset.classes),
+                "mean": list(self.dataset.mean),
+                "std": list(self.dataset.std),
+                **metadata,
+            },
+        )
+
+    def load(self, path: Path, device: str) -> nn.Module:
+        return load_compressed(path, device)[0]
+
+
 class _Run:
     """One candidate's fine-tuning: where its files lie, and how far it has come."""
 
     def __init__(
-        self,
-        record: Record,
-        screener: Screener,
-        dataset: Dataset,
-        plan: FinetuneSettings,
-        folder: Path,
-        teacher: Tensor | None,
+        self, record: Record, screener: Screener, trainer: Trainer, standard: AcceptanceRule, folder: Path
     ) -> None:
-        self.record, self.screener, self.dataset, self.plan, self.teacher = record, screener, dataset, plan, teacher
+        self.record, self.screener, self.trainer, self.standard = record, screener, trainer, standard
         stem = re.sub(r"[^\w.-]+", "-", f"candidate-{record['trial']}")
         self.checkpoint = folder / f"{stem}.unfinished.pt"
         self.progress = folder / f"{stem}{_EPOCHS}"
@@ -159,16 +240,16 @@ class _Run:
         self.weights = folder / f"{stem}.safetensors"
 
     def until(self, epoch: int) -> float:
-        """Train until `epoch` epochs are done, unless they are; validation accuracy at that point."""
+        """Train until `epoch` epochs are done, unless they are; validation score at that point."""
         if epoch > len(self._epochs()):
             self._train(epoch)
         return self._epochs()[epoch - 1]["val_accuracy"]
 
     def finish(self) -> Finalist:
-        """The result, read from the folder or made: evaluate on test, save the network."""
+        """The result, read from the folder or made: the final score, the network saved."""
         if not self.result.exists():
             self._write_result()
-        return Finalist(restored(json.loads(self.result.read_text())), self.weights)
+        return Finalist(restored(json.loads(self.result.read_text())), self.weights, self.trainer)
 
     def _epochs(self) -> list[dict[str, float]]:
         """What is known of each epoch so far, as `EpochRecord` has it."""
@@ -182,43 +263,28 @@ class _Run:
             return done.epoch < epoch
 
         model = self.screener.build(self.record["config"])
-        history = train(
-            model,
-            self.dataset,
-            self.plan.settings,
-            teacher_logits=self.teacher,
-            checkpoint=self.checkpoint,
-            progress=False,
-            on_epoch=on_epoch,
-        )
+        if not self.trainer.epochs:
+            return model
+        history = self.trainer.train(model, self.checkpoint, on_epoch)
         # A kill between the checkpoint and the note of its epoch leaves the note behind; the history has both.
-        write_text(self.progress, json.dumps([asdict(one) for one in history.epochs]))
+        write_text(self.progress, json.dumps([asdict(one) for one in history]))
         return model
 
     def _write_result(self) -> None:
-        model = self._train(self.plan.settings.epochs)
-        plan, config = self.plan, self.record["config"]
-        accuracy = evaluate(model, self.dataset.test).accuracy
+        model, config = self._train(self.trainer.epochs), self.record["config"]
+        score, epochs = self.trainer.test(model), self._epochs()
         record = {
             **self.record,
-            "accuracy": accuracy,
-            "accepted": is_accepted(accuracy, plan.baseline_accuracy, plan.tolerance),
+            "accuracy": score,
+            "accepted": self.standard.accepts(score),
             "status": "fine-tuned",
             "screened_accuracy": self.record["val_accuracy"],
-            "val_accuracy": self._epochs()[-1]["val_accuracy"],
-            "epochs": len(self._epochs()),
-            "finetune_seconds": sum(one["seconds"] for one in self._epochs()),
-            "finetune": asdict(plan.settings),
+            "val_accuracy": epochs[-1]["val_accuracy"] if epochs else self.record["val_accuracy"],
+            "epochs": len(epochs),
+            "finetune_seconds": sum(one["seconds"] for one in epochs),
+            "finetune": dict(self.trainer.facts),
         }
-        save_compressed(
-            model,
-            self.weights,
-            architecture=plan.architecture,
-            num_classes=self.dataset.num_classes,
-            image_size=self.dataset.image_size,
-            config=config,
-            metadata={"dataset": self.dataset.name, "accuracy": accuracy, "trial": self.record["trial"]},
-        )
+        self.trainer.save(model, self.weights, config, {"accuracy": score, "trial": self.record["trial"]})
         write_text(self.result, json.dumps(stored(record), indent=1))
         self.checkpoint.unlink(missing_ok=True)
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
+from torch.utils._pytree import tree_map
 
 from ..compress import ModelFactors, recalibrate
 from ..configuration import Ranks
 from ..data import Split
 from ..finetune import check_head
-from ..modules import evaluating, evaluation_batch, out_of_memory
-from .sensitivity import divergence
+from ..inputs import Inputs, channels_last, first, length, like_model, pairs_of, run
+from ..modules import evaluating, inputs_batch, out_of_memory
+from .divergence import Reference, accuracy, is_finite, kind_for
 
 
 class CandidateFailed(ArithmeticError):
@@ -27,14 +29,14 @@ class Screening:
     """What screening found.
 
     Attributes:
-        accuracy: top-1 on the screened part of validation, 0..1.
-        divergence: mean KL divergence (nats) of the candidate's output from the dense network's on the same images;
-            finer than accuracy, which moves in steps of one image.
+        accuracy: top-1 on the screened part of validation, 0..1; or the task's own score, or None where it has none.
+        divergence: mean divergence of the candidate's output from the dense network's on the same images (nats for
+            logits, see `divergence`); finer than accuracy, which moves in steps of one image.
         params, flops: of the candidate; FLOPs are multiply-accumulates per image.
         seconds: wall time of compressing, recalibrating and evaluating.
     """
 
-    accuracy: float
+    accuracy: float | None
     divergence: float
     params: int
     flops: int
@@ -46,19 +48,50 @@ class Screener:
 
     Args:
         factors: of the dense model.
-        calibration: training images ``(N, C, H, W)`` for batch-norm statistics and biases.
-        validation: the split that accuracy is measured on.
-        limit: how many of its images; the first ones, for every candidate.
+        calibration: training images ``(N, C, H, W)``, or several inputs, for batch-norm statistics and biases.
+        validation: a split, or anything that yields (inputs, targets), that candidates are judged on.
+        limit: how many of its samples; the first ones, for every candidate. No more than these are read.
+        score: model -> number, higher is better, in place of accuracy.
+
+    Raises:
+        ValueError: labels that the network's head does not have; no validation images; outputs without tensors.
     """
 
-    def __init__(self, factors: ModelFactors, calibration: Tensor, validation: Split, *, limit: int) -> None:
-        self.factors = factors
-        self._calibration = calibration.contiguous(memory_format=torch.channels_last)
+    def __init__(
+        self,
+        factors: ModelFactors,
+        calibration: Inputs,
+        validation: Split | Iterable[Any],
+        *,
+        limit: int,
+        score: Callable[[nn.Module], float] | None = None,
+    ) -> None:
+        self.factors, self._score = factors, score
+        self._calibration = channels_last(like_model(calibration, factors.model))
+        if isinstance(validation, Split):
+            size = inputs_batch(self._calibration)
+            chosen = validation.batches(size, limit=min(limit, len(validation)))
+            pairs = [(batch.images, batch.labels) for batch in chosen]
+        else:
+            pairs = list(_limited(validation, limit))
+        if not pairs:
+            raise ValueError("the validation data is empty: it takes at least one batch of inputs and targets")
+        self.kind = "relative"
+        self._batches: list[tuple[Inputs, Any, Reference]] = []
         with evaluating(factors.model), torch.no_grad():
-            batch_size = evaluation_batch(*calibration.shape[-2:])
-            batches = list(validation.batches(batch_size, limit=min(limit, len(validation))))
-            self._batches = [(batch.images, batch.labels, self._dense(batch.images)) for batch in batches]
-            check_head(self._batches[0][2], validation)
+            for place, (inputs, targets) in enumerate(pairs):
+                inputs = like_model(inputs, factors.model)
+                output = run(factors.model, inputs)
+                if place == 0:
+                    self.kind = kind_for(output, targets)
+                    if isinstance(validation, Split):
+                        check_head(output, validation)
+                self._batches.append((inputs, targets, Reference.of(output, self.kind)))
+
+    @property
+    def scored(self) -> bool:
+        """Whether candidates are judged by somebody's own measure."""
+        return self._score is not None
 
     def build(self, config: Mapping[str, Ranks]) -> nn.Module:
         """The compressed and recalibrated network of a configuration.
@@ -83,21 +116,42 @@ class Screener:
             if (reason := out_of_memory(error)) is None:
                 raise
             raise CandidateFailed(reason) from error
-        if not torch.isfinite(torch.tensor(distance)):
+        if not is_finite(distance):
             raise CandidateFailed(f"the compressed network's outputs are not finite (divergence {distance})")
         factors = self.factors
         seconds = time.perf_counter() - started
         return Screening(accuracy, distance, factors.params(config), factors.flops(config), seconds)
 
-    def _dense(self, images: Tensor) -> Tensor:
-        return F.log_softmax(self.factors.model(images).double(), dim=1)
-
-    def _evaluate(self, model: nn.Module) -> tuple[float, float]:
-        correct, distance, count = 0, 0.0, 0
+    def distance(self, model: nn.Module) -> float:
+        """Mean divergence of a network's outputs from the dense one's, on the screened samples."""
+        total, count = 0.0, 0
         with evaluating(model), torch.no_grad():
-            for images, labels, dense in self._batches:
-                logits = model(images)
-                correct += int((logits.argmax(1) == labels).sum())
-                distance += divergence(dense, logits) * len(labels)
-                count += len(labels)
-        return correct / count, distance / count
+            for inputs, _, dense in self._batches:
+                total += dense.distance(run(model, inputs)) * length(inputs)
+                count += length(inputs)
+        return total / count
+
+    def _evaluate(self, model: nn.Module) -> tuple[float | None, float]:
+        """Accuracy (or the score, or None where there is neither) and mean divergence."""
+        right, asked, distance, count = 0, 0, 0.0, 0
+        with evaluating(model), torch.no_grad():
+            for inputs, targets, dense in self._batches:
+                output = run(model, inputs)
+                distance += dense.distance(output) * length(inputs)
+                count += length(inputs)
+                if self.kind == "kl":
+                    found, of = accuracy(output, targets)
+                    right, asked = right + found, asked + of
+        if self._score is not None:
+            return float(self._score(model)), distance / count
+        return (right / asked if asked else None), distance / count
+
+
+def _limited(validation: Iterable[Any], limit: int) -> Iterator[tuple[Inputs, Any]]:
+    seen = 0
+    for inputs, targets in pairs_of(validation, "validation"):
+        size = min(length(inputs), limit - seen)
+        yield first(inputs, size), tree_map(lambda t, size=size: t[:size] if hasattr(t, "__getitem__") else t, targets)
+        seen += size
+        if seen >= limit:
+            return

@@ -7,7 +7,6 @@ images; the *blended* one is their geometric mean.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Mapping
@@ -15,13 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from ..compress import ModelFactors, calibrated_outputs
 from ..files import write_text
+from ..inputs import Inputs, channels_last
+from ..modules import copy_with
 from ..ranks import MenuEntry, Menus
+from .divergence import Reference
 
 Sensitivities = Mapping[str, tuple[float, ...]]
 """Layer name -> one number >= 0 per entry of its menu, falling with the error; 0 for dense."""
@@ -35,29 +37,32 @@ def proxy_sensitivity(menus: Menus) -> dict[str, tuple[float, ...]]:
 def measured_sensitivity(
     factors: ModelFactors,
     menus: Menus,
-    images: Tensor,
+    images: Inputs,
     *,
     anchors: int = 5,
+    kind: str = "kl",
     cache: Path | None = None,
     progress: bool = True,
 ) -> dict[str, tuple[float, ...]]:
-    """KL divergence (nats) of the network's output with this layer alone compressed, at each entry of its menu.
+    """Divergence of the network's output with this layer alone compressed, at each entry of its menu.
 
     Batch norm uses the statistics of `images: (N, C, H, W)` and biases are corrected, as they will be for a candidate.
     Of each menu, `anchors` entries are measured, one pass each; between them the divergence is interpolated in the
     layer's output error. Noise is taken out by making it fall monotonically from the cheapest entry to dense.
 
     Args:
+        images: ``(N, C, H, W)``, or several inputs, see `common.inputs`.
+        kind: of divergence, see `common.search.divergence`.
         cache: a JSON file; measured values found there are used again, if they belong to the same network, images
             and menus.
     """
-    fingerprint = _fingerprint(factors, menus, images, anchors)
+    fingerprint = _fingerprint(factors, menus, images, anchors, kind)
     if cache is not None and (known := _read_cache(cache, fingerprint)) is not None:
         return known
-    images = images.contiguous(memory_format=torch.channels_last)
-    work = copy.deepcopy(factors.model).to(memory_format=torch.channels_last)
+    images = channels_last(images)
+    work = copy_with(factors.model, {}).to(memory_format=torch.channels_last)
     with torch.no_grad():
-        dense = F.log_softmax(calibrated_outputs(work, images).double(), dim=1)
+        dense = Reference.of(calibrated_outputs(work, images), kind)
     result = {}
     for name, menu in tqdm(menus.items(), desc="sensitivity", unit="layer", disable=not progress):
         compressed = [entry for entry in menu if entry.ranks is not None]
@@ -84,25 +89,19 @@ def blended_sensitivity(menus: Menus, measured: Sensitivities) -> dict[str, tupl
     }
 
 
-def divergence(dense_log_probabilities: Tensor, logits: Tensor) -> float:
-    """Mean KL divergence KL(dense || compressed) in nats; both ``(N, classes)``."""
-    compressed = F.log_softmax(logits.double(), dim=1)
-    return float(F.kl_div(compressed, dense_log_probabilities, reduction="batchmean", log_target=True))
-
-
 def _divergence(
-    factors: ModelFactors, work: nn.Module, name: str, entry: MenuEntry, images: Tensor, dense: Tensor
+    factors: ModelFactors, work: nn.Module, name: str, entry: MenuEntry, images: Inputs, dense: Reference
 ) -> float:
     original = work.get_submodule(name)
     layer = factors.layers[name].layer(entry.ranks)
-    work.set_submodule(name, layer.to(images.device, memory_format=torch.channels_last))
+    work.set_submodule(name, layer.to(tree_leaves(images)[0].device, memory_format=torch.channels_last))
     try:
         means, stds = factors.output_means(), factors.output_stds()
         own = ({name: means[name]}, {name: stds[name]}) if name in means else ()
         logits = calibrated_outputs(work, images, *own)
     finally:
         work.set_submodule(name, original)
-    found = divergence(dense, logits)
+    found = dense.distance(logits)
     return found if np.isfinite(found) else float(np.finfo(np.float32).max)
 
 
@@ -114,12 +113,13 @@ def _interpolated(menu: tuple[MenuEntry, ...], known: Mapping[int, float]) -> tu
     return tuple(float(v) for v in np.interp([entry.error for entry in menu], errors, values))
 
 
-def _fingerprint(factors: ModelFactors, menus: Menus, images: Tensor, anchors: int) -> str:
+def _fingerprint(factors: ModelFactors, menus: Menus, images: Inputs, anchors: int, kind: str) -> str:
     digest = hashlib.sha256()
-    for tensor in (*factors.model.state_dict().values(), images):
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    for tensor in (*factors.model.state_dict().values(), *tree_leaves(images)):
+        if isinstance(tensor, Tensor):
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     entries = {name: [str(entry.ranks) for entry in menu] for name, menu in menus.items()}
-    digest.update(repr((anchors, entries)).encode())
+    digest.update(repr((anchors, entries) if kind == "kl" else (anchors, entries, kind)).encode())
     return digest.hexdigest()
 
 

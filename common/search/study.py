@@ -185,6 +185,7 @@ class Search:
             "status": "screened",
             "val_accuracy": found.accuracy,
             "divergence": found.divergence,
+            **({"metric": "evaluate"} if self.screener.scored else {}),
             "seconds": found.seconds,
         }
 
@@ -215,5 +216,10 @@ def _records(study: Study) -> list[Record]:
 
 
 def _best_so_far(records: list[Record], budget: float) -> str:
-    accuracies = [record["val_accuracy"] for record in records if record["status"] == "screened"]
-    return f"budget {budget:g}, best validation {max(accuracies):.4f}" if accuracies else f"budget {budget:g}"
+    screened = [record for record in records if record["status"] == "screened"]
+    if not screened:
+        return f"budget {budget:g}"
+    scores = [record["val_accuracy"] for record in screened if record["val_accuracy"] is not None]
+    if scores:
+        return f"budget {budget:g}, best validation {max(scores):.4f}"
+    return f"budget {budget:g}, least divergence {min(record['divergence'] for record in screened):.4g}"

@@ -11,7 +11,7 @@ from common.compress import factorize
 from common.ranks import build_menus
 from common.search import blended_sensitivity, measured_sensitivity, proxy_sensitivity
 from common.search import sensitivity as module
-from common.search.sensitivity import divergence
+from common.search.divergence import Reference, divergence
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_a_damaged_cache_is_measured_anew_and_mended(damage, factors, menus, cal
 
 
 def test_an_entry_whose_outputs_are_not_finite_counts_as_the_most_sensitive(factors, menus, calibration, monkeypatch):
-    monkeypatch.setattr(module, "divergence", lambda dense, logits: float("nan"))
+    monkeypatch.setattr(Reference, "distance", lambda self, output: float("nan"))
     found = measured_sensitivity(factors, menus, calibration, anchors=2, progress=False)
     assert all(values[0] > 1e30 and values[-1] == 0 for values in found.values())
 

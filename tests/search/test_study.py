@@ -19,7 +19,7 @@ class Counting:
     """A screener that counts, and misbehaves at the given calls."""
 
     def __init__(self, screener, *, interrupt_at=None, fail_at=()):
-        self.factors, self._screener = screener.factors, screener
+        self.factors, self._screener, self.scored = screener.factors, screener, False
         self.calls, self._interrupt_at, self._fail_at = 0, interrupt_at, fail_at
 
     def screen(self, config):

@@ -1,0 +1,399 @@
+"""Anybody's network, anybody's data: one call from a trained model to a file that ships.
+
+run = compress_network(model, train_loader, val_loader, budgets=(0.5, 0.3), folder="runs/mine")
+run.table()
+small = run.best(max_loss=0.005)
+small.save("small.safetensors")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .checked import check_fields, from_text
+from .compress import choose_layers, trace_layers
+from .cost import count_flops, count_params
+from .deploy import Deployed, deploy, export_onnx, export_program
+from .finetune import TrainSettings
+from .inputs import Inputs, first, length, like_model, pairs_of, run, sample
+from .models import save_compressed
+from .modules import evaluating, unwrapped
+from .reports import plots
+from .run import Run, SearchKnobs, step
+from .search import (
+    AcceptanceRule,
+    BatchTrainer,
+    CallbackTrainer,
+    Finalist,
+    Record,
+    Screener,
+    accuracy,
+    finetune_with,
+    kind_for,
+)
+
+AIMS = (0.95, 0.8)
+"""Budgets, as shares of the time that a speed-up leaves: layers timed alone promise a little more than the network
+keeps, and the second aim is there for where they do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkSettings(SearchKnobs):
+    """The knobs of `compress_network`; see there and `SearchKnobs`."""
+
+    model: str
+    budgets: Annotated[
+        tuple[Annotated[float, Field(gt=0, le=1)], ...],
+        Field(min_length=1, description="shares of the dense cost, at least one, each above 0 and at most 1"),
+    ] = (0.5, 0.3)
+    speedup: Annotated[float | None, Field(gt=1, le=1000, description="a number above 1, or None")] = None
+    leave_dense: tuple[str, ...] = ()
+    finetune_epochs: Annotated[int, Field(ge=0, le=10_000, description="a number of epochs, 0 or more")] = 3
+    learning_rate: Annotated[float, Field(gt=0, description="a positive number")] = 0.01
+    distill_weight: Annotated[float, Field(ge=0, le=1, description="a share in [0, 1]")] = 0.8
+
+    def __post_init__(self) -> None:
+        for name in ("budgets", "leave_dense"):
+            value = from_text(getattr(self, name))
+            object.__setattr__(self, name, tuple(value) if isinstance(value, list | tuple) else value)
+        check_fields(self)
+
+    @property
+    def name(self) -> str:
+        """What the log and the folder of the run's state are called."""
+        return f"{self.model}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the user brings: the network, the data, and how they are trained and judged."""
+
+    model: nn.Module
+    train: Any
+    val: Any
+    test: Any = None
+    evaluate: Callable[[nn.Module], float] | None = None
+    finetune: Callable[[nn.Module, nn.Module, int], Any] | None = None
+    loss: Callable[[Any, Any], Tensor] | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+def compress_network(
+    model: nn.Module,
+    train: Any,
+    val: Any,
+    *,
+    test: Any = None,
+    folder: str | Path = "runs/htd",
+    budgets: Iterable[float] = (0.5, 0.3),
+    speedup: float | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    finetune: Callable[[nn.Module, nn.Module, int], Any] | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    epochs: int = 3,
+    leave_dense: Iterable[str] = (),
+    calibration_images: int = 512,
+    screen_images: int = 1000,
+    details: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    **knobs: Any,
+) -> NetworkRun:
+    """Search a network's ranks, fine-tune the best few, and measure them: everything kept in a folder, and resumable.
+
+    Args:
+        model: any network that maps a batch (a tensor, or a tuple or dictionary of tensors) to an output; on its
+            device, trained. It is never changed.
+        train, val: anything that yields (inputs, targets): a DataLoader, a list of batches, one of our splits. What
+            is streamed is walked through, never kept whole.
+        test: the same, for the final scores; without it they are of `val`, and the log says so.
+        folder: where the log, the state and the finished networks go.
+        budgets: shares of the dense cost that candidates may keep, the cost being `cost`: flops, params, mix, latency.
+        speedup: in place of budgets: how many times faster, measured here.
+        evaluate: model -> number, higher is better, in place of top-1 accuracy.
+        finetune: (model, teacher, epochs) -> None, in place of our training loop.
+        loss: (output, targets) -> scalar tensor, in place of cross-entropy.
+        epochs: of fine-tuning; 0 for no training at all.
+        leave_dense: names of layers that are not touched.
+        calibration_images, screen_images: how many of `train` and of `val` are looked at.
+        details: kept in the files, such as {"classes": [...], "mean": [...], "std": [...]}.
+        knobs: others of `NetworkSettings`: cost, candidates, sampler, sensitivity, promote, tolerance, learning_rate,
+            distill_weight, latency_batch, runtime, seed, layers.
+
+    Returns:
+        the finished run: its table, its best network, its log.
+
+    Raises:
+        ValueError: a knob out of its range; a network of which nothing can be factorised; data without targets.
+        SearchBusy: another process is at work in the folder.
+    """
+    dense = unwrapped(model)
+    if speedup is not None:
+        knobs.setdefault("cost", "latency")
+        budgets = tuple(aim / max(speedup, 1.0) for aim in AIMS) if isinstance(speedup, int | float) else budgets
+    unknown = set(knobs) - set(NetworkSettings.__dataclass_fields__)
+    if unknown:
+        known = ", ".join(sorted(NetworkSettings.__dataclass_fields__))
+        raise ValueError(f"unknown knob {min(unknown)!r}; there are {known}")
+    settings = NetworkSettings(
+        model=type(dense).__name__,
+        folder=str(folder),
+        budgets=budgets if isinstance(budgets, str) else tuple(budgets),
+        speedup=speedup,
+        leave_dense=tuple(leave_dense),
+        finetune_epochs=epochs,
+        calibration_images=calibration_images,
+        screen_images=screen_images,
+        **knobs,
+    )
+    task = Task(dense, train, val, test, evaluate, finetune, loss, details or {})
+    found = NetworkRun(settings, task, progress=progress)
+    found.deploy()
+    return found
+
+
+class NetworkRun(Run):
+    """A run on somebody's own network; see `Run` for its steps and `compress_network` for how one is made."""
+
+    settings: NetworkSettings
+
+    def __init__(self, settings: NetworkSettings, task: Task, *, progress: bool = True) -> None:
+        super().__init__(settings, progress=progress)
+        self.task = task
+
+    # --- what people ask of it -----------------------------------------------------------------------------------
+
+    def table(self) -> pd.DataFrame:
+        """The dense network and the finalists: parameters, FLOPs, score, measured speed; failures with their reason."""
+        factors, times = self.factorize(), self.deploy()
+        rows = [self._row("dense", factors.dense_params, factors.dense_flops, self.dense_score())]
+        for finalist in self.finetune():
+            record = finalist.record
+            if finalist.path is None:
+                rows.append({"network": record["trial"], "failed": record["reason"]})
+            else:
+                rows.append(self._row(record["trial"], record["params"], record["flops"], record["accuracy"]))
+        table = pd.DataFrame(rows).set_index("network")
+        table.attrs["batch_size"] = times.batch_size
+        return table
+
+    def best(self, max_loss: float | None = None) -> Small:
+        """The cheapest finalist that loses at most this much of the score (None: the run's tolerance).
+
+        With a speed-up asked for, the cheapest of those that reach it; where none does, the fastest.
+
+        Raises:
+            ValueError: none kept its score, or there is no score; see `pick`.
+        """
+        limit = self.settings.tolerance if max_loss is None else max_loss
+        rule = AcceptanceRule(self.dense_score(), limit)
+        if rule.baseline is None:
+            raise ValueError("this task has no score to choose by: give evaluate=, or take one with pick(trial)")
+        kept = [one for one in self.finetune() if one.path is not None and rule.accepts(one.record["accuracy"])]
+        if not kept:
+            scores = {one.record["trial"]: one.record.get("accuracy") for one in self.finetune()}
+            raise ValueError(f"no finalist is within {limit} of the dense {rule.baseline:.4f}; they have {scores}")
+        if self.settings.speedup is not None:
+            times = self.deploy()
+            fast = [one for one in kept if times.speedup(one.record["trial"]) >= self.settings.speedup]
+            kept = fast or [max(kept, key=lambda one: times.speedup(one.record["trial"]))]
+        cost = "params" if self.settings.cost == "params" else "flops"
+        return self._small(min(kept, key=lambda one: one.record[cost]))
+
+    def pick(self, trial: str) -> Small:
+        """The finalist of this name, such as "0.3-17".
+
+        Raises:
+            ValueError: there is none of this name, or it failed.
+        """
+        by_name = {one.record["trial"]: one for one in self.finetune()}
+        if trial not in by_name:
+            raise ValueError(f"no finalist {trial!r}; there are {', '.join(by_name)}")
+        return self._small(by_name[trial])
+
+    def plot(self) -> Any:
+        """Screened candidates by divergence, finalists by score, against FLOPs and parameters."""
+        factors = self.factorize()
+        records = [*self.screen(), *(one.record for one in self.finetune())]
+        dense = {"params": factors.dense_params, "flops": factors.dense_flops, "accuracy": self.dense_score() or 0.0}
+        return plots.accuracy_cost_scatter(records, dense, tolerance=self.settings.tolerance, title=self.settings.model)
+
+    def _row(self, name: str, params: int, flops: int, score: float | None) -> dict[str, Any]:
+        factors, times = self.factorize(), self.deploy()
+        return {
+            "network": name,
+            "parameters": params,
+            "parameters saved": 1 - params / factors.dense_params,
+            "FLOPs": flops,
+            "FLOPs saved": 1 - flops / factors.dense_flops,
+            self.score_name: score,
+            "ms per batch": 1e3 * times.seconds[name],
+            "speed-up": times.speedup(name),
+        }
+
+    @property
+    def score_name(self) -> str:
+        """What the score is: of which data, by which measure."""
+        measure = "score" if self.task.evaluate is not None else "accuracy"
+        return f"{'test' if self.task.test is not None else 'validation'} {measure}"
+
+    def _small(self, finalist: Finalist) -> Small:
+        device = str(tree_leaves(self._example)[0].device)
+        model = finalist.load(device)
+        deployed = self.deploy().models[finalist.record["trial"]]
+        return Small(
+            model, deployed, finalist.record, self.task.model, first(self._example, 2), dict(self.task.details)
+        )
+
+    # --- what the engine asks ------------------------------------------------------------------------------------
+
+    def dense_model(self) -> nn.Module:
+        return self.task.model
+
+    @step
+    def draw_calibration(self) -> Inputs:
+        """The first samples of the training data, on the model's device."""
+        return like_model(sample(self.task.train, self.settings.calibration_images, "train"), self.task.model)
+
+    def chosen_layers(self) -> str | list[str]:
+        if not self.settings.leave_dense:
+            return self.settings.layers
+        example = first(self.draw_calibration(), 1)
+        chosen, skipped = choose_layers(self.task.model, trace_layers(self.task.model, example), self.settings.layers)
+        if unknown := set(self.settings.leave_dense) - set(chosen) - set(skipped):
+            raise ValueError(f"leave_dense names {min(unknown)!r}, which is no layer; there are {', '.join(chosen)}")
+        return [name for name in chosen if name not in self.settings.leave_dense]
+
+    @step
+    def make_screener(self) -> Screener:
+        """What compresses a configuration and says what it is worth."""
+        limit = self.settings.screen_images
+        score = self.task.evaluate
+        return Screener(self.factorize(), self.draw_calibration(), self.task.val, limit=limit, score=score)
+
+    @step
+    def dense_score(self) -> float | None:
+        """The dense network's score by the user's measure, or its accuracy; None where there is neither."""
+        return self._score(self.task.model)
+
+    def _score(self, model: nn.Module) -> float | None:
+        if self.task.evaluate is not None:
+            with evaluating(model):
+                return float(self.task.evaluate(model))
+        return top1(model, self.task.val if self.task.test is None else self.task.test)
+
+    @step
+    def finetune(self) -> list[Finalist]:
+        """The promoted candidates, fine-tuned, with their final score; and the failed ones."""
+        s, screener, promoted, log = self.settings, self.make_screener(), self.promote(), self.open_log()
+        has_score = self.dense_score() is not None
+
+        def validate(model: nn.Module) -> float:
+            if self.task.evaluate is not None:
+                return float(self.task.evaluate(model))
+            found = top1(model, self.task.val)
+            return -screener.distance(model) if found is None else found
+
+        settings = TrainSettings(
+            epochs=max(s.finetune_epochs, 1),
+            learning_rate=s.learning_rate,
+            weight_decay=1e-4,
+            distill_weight=s.distill_weight,
+            seed=s.seed,
+            augment=False,
+        )
+        kind = BatchTrainer if self.task.finetune is None else CallbackTrainer
+        trainer = kind(
+            self.task.model,
+            self.task.train,
+            settings,
+            screener.kind,
+            validate,
+            score=self._score if has_score else None,
+            loss=self.task.loss,
+            details=self.task.details,
+            **({} if self.task.finetune is None else {"finetune": self.task.finetune}),
+        )
+        trainer = trainer if s.finetune_epochs else replace(trainer, untrained=True)
+        rule = AcceptanceRule(self.dense_score(), s.tolerance)
+        finalists = finetune_with(promoted, screener, trainer, rule, s.state_folder, log, progress=self.progress)
+        log.header({"search_seconds": self.search_seconds()})
+        return finalists
+
+    def header(self) -> dict[str, Any]:
+        shapes = [list(leaf.shape[1:]) for leaf in tree_leaves(self.draw_calibration())]
+        head = {"model": self.settings.model, "dataset": "own", "input_shapes": shapes, "scored_on": self.score_name}
+        return {**head, "metric": "evaluate"} if self.task.evaluate is not None else head
+
+
+@dataclass(frozen=True)
+class Small:
+    """A compressed network to take home.
+
+    Attributes:
+        model: in eval mode, trainable further, saved and loaded as it is.
+        deployed: the same folded and in its fastest execution plans; what the run's speed was measured on.
+        record: its ranks, costs and scores.
+    """
+
+    model: nn.Module
+    deployed: Deployed
+    record: Record
+    dense: nn.Module = field(repr=False)
+    example: Inputs = field(repr=False)
+    details: dict[str, Any] = field(repr=False)
+
+    def save(self, path: str | Path) -> Path:
+        """One safetensors file; `load_compressed(path, model=...)` loads it, model being what makes the dense one."""
+        metadata = {**self.details, "accuracy": self.record["accuracy"], "trial": self.record["trial"]}
+        save_compressed(self.model, path, dense=self.dense, config=self.record["config"], metadata=metadata)
+        return Path(path)
+
+    def export_onnx(self, path: str | Path) -> Path:
+        """The deployed network as ONNX, with a dynamic batch axis, checked against torch."""
+        export_onnx(self.deployed, self.example, path, metadata=self.details)
+        return Path(path)
+
+    def export_program(self, path: str | Path) -> Path:
+        """The deployed network as a `torch.export` program (.pt2), which torch alone loads."""
+        export_program(self.deployed, self.example, path)
+        return Path(path)
+
+    def deploy(self, batch: Inputs, **options: Any) -> Deployed:
+        """Deployed anew for another batch size, device or runtime; see `common.deploy.deploy`."""
+        return deploy(self.model, batch, **options)
+
+    @property
+    def params(self) -> int:
+        return count_params(self.model)
+
+    @property
+    def flops(self) -> int:
+        """Multiply-accumulates of convolutions and linear layers for one sample."""
+        return count_flops(self.model, first(like_model(self.example, self.model), 1))
+
+
+def top1(model: nn.Module, data: Any) -> float | None:
+    """Share of class numbers that the network gets right on everything that yields (inputs, targets).
+
+    None where outputs and targets are not logits and class numbers.
+    """
+    right, asked = 0, 0
+    with evaluating(model), torch.no_grad():
+        for inputs, targets in pairs_of(data, "val"):
+            if not length(inputs):
+                continue
+            output = run(model, like_model(inputs, model))
+            if kind_for(output, targets) != "kl":
+                return None
+            found, of = accuracy(output, targets)
+            right, asked = right + found, asked + of
+    return right / asked if asked else None

@@ -1,0 +1,403 @@
+"""The engine of a run: factorise, search, fine-tune, deploy; as verbs that each do their work once.
+
+A verb does what comes before it if that has not been done, and hands out the same result when it is called again. What
+a killed run has finished lies in its folder and is not done again. Two fronts feed it: `Experiment` a named network and
+data set, `compress_network` anybody's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .compress import ModelFactors, factorize
+from .compress.selection import LAYER_SETS
+from .cost import count_flops, count_params, measure_latency
+from .deploy import Deployed, deploy
+from .deploy.runtimes import RUNTIMES
+from .files import exclusive, write_text
+from .inputs import Inputs, first, length
+from .provenance import provenance
+from .ranks import CostMeasure, Menus, build_menus, meet_budget, time_menus
+from .reports import RunLog
+from .search import (
+    SAMPLERS,
+    CandidateFailed,
+    Finalist,
+    Record,
+    Screener,
+    Screening,
+    Search,
+    SearchSettings,
+    StepClock,
+    blended_sensitivity,
+    epoch_seconds,
+    measured_sensitivity,
+    promote,
+    proxy_sensitivity,
+    search_seconds,
+)
+
+Result = TypeVar("Result")
+
+COSTS = ("flops", "params", "mix", "latency")
+SENSITIVITIES = ("blended", "measured", "proxy")
+DEVICES = r"^(auto|cpu|mps|cuda(:\d+)?)$"
+
+MOST_SENSITIVITY_IMAGES = 256
+"""Measured sensitivities are averaged over a quarter of the calibration images, but no more than these; there is one
+pass per measured menu entry."""
+
+MAY_CHANGE = (
+    "candidates",
+    "promote",
+    "tolerance",
+    "latency_batch",
+    "runtime",
+    "folder",
+    "baselines",
+    "data_root",
+    "device",
+)
+"""Knobs that a run may be continued with another value of: the candidates that it has stay what they are."""
+
+
+def one_of(names: Iterable[str]) -> str:
+    return f"one of {', '.join(names)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchKnobs:
+    """The knobs of a search, whatever is searched.
+
+    Attributes:
+        layers: which layers are factorised; one of LAYER_SETS.
+        budgets: shares of the dense cost that candidates may keep.
+        cost: what the budgets are shares of: flops, params, the mean of the two (mix), or latency (measured, in the
+            runtime of the run).
+        candidates: screened per budget.
+        sampler: policy, tpe, random or nsga2.
+        sensitivity: blended, measured or proxy; see `common.search.sensitivity`.
+        calibration_images: training images for moments, batch norm and biases.
+        screen_images: validation images that a candidate is screened on.
+        promote: candidates fine-tuned per budget, before halving.
+        tolerance: accuracy that an accepted candidate may lose.
+        latency_batch: images per batch when speed is measured.
+        runtime: torch or onnxruntime; what both sides are deployed to.
+        device: auto, cpu, cuda.
+        seed: of everything random in the search and the fine-tuning.
+        folder: where the log and the state of the run go.
+    """
+
+    layers: Annotated[Literal[LAYER_SETS], Field(description=one_of(LAYER_SETS))] = "all"
+    budgets: Annotated[
+        tuple[Annotated[float, Field(gt=0, le=1)], ...],
+        Field(min_length=1, description="shares of the dense cost, at least one, each above 0 and at most 1"),
+    ] = (0.30, 0.15, 0.08)
+    cost: Annotated[Literal[COSTS], Field(description=one_of(COSTS))] = "flops"
+    candidates: Annotated[int, Field(ge=1, le=100_000, description="a number per budget, at least 1")] = 34
+    sampler: Annotated[Literal[SAMPLERS], Field(description=one_of(SAMPLERS))] = "policy"
+    sensitivity: Annotated[Literal[SENSITIVITIES], Field(description=one_of(SENSITIVITIES))] = "blended"
+    calibration_images: Annotated[int, Field(ge=1, description="a number of images, at least 1")] = 2000
+    screen_images: Annotated[int, Field(ge=1, description="a number of images, at least 1")] = 2000
+    promote: Annotated[int, Field(ge=1, description="a number per budget, at least 1")] = 2
+    tolerance: Annotated[float, Field(ge=0, lt=1, description="a share of accuracy in [0, 1)")] = 0.02
+    latency_batch: Annotated[int, Field(ge=1, le=65_536, description="a number of images, at least 1")] = 16
+    runtime: Annotated[Literal[RUNTIMES], Field(description=one_of(RUNTIMES))] = "onnxruntime"
+    device: Annotated[str, Field(pattern=DEVICES, description="auto, cpu, mps, cuda or cuda:N")] = "auto"
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")] = 0
+    folder: str = "logs"
+
+    @property
+    def log_path(self) -> Path:
+        return Path(self.folder) / f"{self.name}.log"
+
+    @property
+    def state_folder(self) -> Path:
+        return Path(self.folder) / self.name
+
+    def rows(self) -> list[tuple[str, Any]]:
+        """(knob, value) pairs, for display."""
+        return [(field.name, getattr(self, field.name)) for field in fields(self)]
+
+
+@dataclass(frozen=True)
+class DeployedSet:
+    """The dense network and the finalists, deployed alike and timed interleaved in one run.
+
+    Attributes:
+        models: name -> deployed network; "dense" is the baseline, the others are named by their trial.
+        seconds: name -> median seconds per batch.
+        batch_size: images per batch.
+    """
+
+    models: dict[str, Deployed]
+    seconds: dict[str, float]
+    batch_size: int
+
+    def speedup(self, name: str) -> float:
+        """Dense time / this network's time."""
+        return self.seconds["dense"] / self.seconds[name]
+
+
+def step(verb: Callable[[Any], Result]) -> Callable[[Any], Result]:
+    """A method of `Run` that does its work at the first call, and hands out what came of it ever after."""
+
+    @wraps(verb)
+    def once(self: Run) -> Result:
+        if verb.__name__ not in self._done:
+            self._done[verb.__name__] = verb(self)
+        return self._done[verb.__name__]
+
+    return once
+
+
+class Run(ABC):
+    """The steps of one run; a front says what is compressed, on which images, and how candidates are trained.
+
+    Args:
+        settings: the knobs; the front's own beside `SearchKnobs`.
+        progress: show progress bars.
+    """
+
+    def __init__(self, settings: Any, *, progress: bool = True) -> None:
+        self.settings, self.progress = settings, progress
+        self._done: dict[str, Any] = {}
+        self._held = ExitStack()
+
+    # --- what a front says ---------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def dense_model(self) -> nn.Module:
+        """The dense network, in eval mode, on its device."""
+
+    @abstractmethod
+    def draw_calibration(self) -> Inputs:
+        """Training inputs for moments, batch norm and biases; never validation or test."""
+
+    @abstractmethod
+    def make_screener(self) -> Screener:
+        """What compresses a configuration and says what it is worth."""
+
+    @abstractmethod
+    def finetune(self) -> list[Finalist]:
+        """The promoted candidates, fine-tuned, with their final score; and the failed ones."""
+
+    @abstractmethod
+    def dense_score(self) -> float | None:
+        """The dense network's final score; None where there is no metric."""
+
+    @abstractmethod
+    def header(self) -> dict[str, Any]:
+        """What the log's first lines say beside the knobs and the provenance."""
+
+    def chosen_layers(self) -> str | Iterable[str]:
+        """Which layers are factorised; see `factorize`."""
+        return self.settings.layers
+
+    # --- the steps -----------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close the log and let go of the folder; both end with the process anyway."""
+        if "open_log" in self._done:
+            self._done["open_log"].close()
+        self._done.clear()
+        self._held.close()
+
+    @step
+    def factorize(self) -> ModelFactors:
+        """The model factorised once, in the metric of what its layers compute. From here on the folder is held.
+
+        Raises:
+            SearchBusy: another process is at work in the run's folder.
+        """
+        self._held.enter_context(exclusive(self.settings.state_folder))
+        dense, images = self.dense_model(), self.draw_calibration()
+        with self._clock.step("factorize"):
+            given = images if isinstance(images, Tensor) else [(images, None)]
+            return factorize(dense, given, layers=self.chosen_layers())
+
+    @step
+    def open_log(self) -> RunLog:
+        """The text log, opened with the run's provenance and the baseline's line."""
+        s, factors = self.settings, self.factorize()
+        self._claim_folder()
+        log = RunLog(s.log_path)
+        head = self.header()
+        facts = provenance(tree_leaves(self.draw_calibration())[0].device, s.seed)
+        settings = {name: value for name, value in s.rows() if name not in head and name not in facts}
+        log.header({**head, **facts, **settings, "full_ranks": str(factors.full_ranks())})
+        seconds = measure_latency({"dense": self._deploy_dense().run}, self._example)["dense"]
+        score = self.dense_score()
+        if score is not None:
+            log.baseline(head["model"], factors.dense_params, factors.dense_flops, score, seconds)
+        return log
+
+    def menus(self) -> Menus:
+        """Each layer's rank candidates, priced by the run's cost."""
+        return self.price_menus()[0]
+
+    @step
+    def price_menus(self) -> tuple[Menus, CostMeasure]:
+        """Each layer's rank candidates, and the measure of cost that they are priced by."""
+        s, factors = self.settings, self.factorize()
+        if s.cost != "latency":
+            cost = CostMeasure(flops=s.cost != "params", params=s.cost != "flops")
+            return build_menus(factors, cost=cost), cost
+        menus = build_menus(factors)
+        cache = s.state_folder / "menu-times.json"
+        times = time_menus(factors, menus, self._example, runtime=self._runtime, cache=cache, progress=self.progress)
+        return times.priced(factors, menus)
+
+    @step
+    def measure_sensitivity(self) -> dict[str, tuple[float, ...]]:
+        """What each menu entry does to the network's output; kept beside the run."""
+        factors, menus, calibration = self.factorize(), self.menus(), self.draw_calibration()
+        if self.settings.sensitivity == "proxy":
+            return proxy_sensitivity(menus)
+        images = first(calibration, min(MOST_SENSITIVITY_IMAGES, -(-length(calibration) // 4)))
+        cache = self.settings.state_folder / "sensitivity.json"
+        kind = self.make_screener().kind
+        with self._clock.step("sensitivity"):
+            measured = measured_sensitivity(factors, menus, images, kind=kind, cache=cache, progress=self.progress)
+        return measured if self.settings.sensitivity == "measured" else blended_sensitivity(menus, measured)
+
+    @step
+    def solve_policies(self) -> Search:
+        """The search, with its policies solved and nothing screened yet."""
+        s = self.settings
+        menus, cost = self.price_menus()
+        settings = SearchSettings(budgets=s.budgets, candidates=s.candidates, sampler=s.sampler, cost=cost, seed=s.seed)
+        sensitivity = self.measure_sensitivity()
+        return Search(self.make_screener(), menus, sensitivity, settings, s.state_folder, self.open_log())
+
+    @step
+    def screen(self) -> list[Record]:
+        """The record of every candidate, screened without training."""
+        return self.solve_policies().run(progress=self.progress)
+
+    def promote(self) -> list[Record]:
+        """The best candidates of each budget."""
+        return promote(self.screen(), self.settings.promote, self.solve_policies().settings.objective)
+
+    def search_seconds(self) -> dict[str, float]:
+        """What the search has cost so far; see `common.search.clock.search_seconds`."""
+        s = self.settings
+        return search_seconds(
+            self._clock.seconds(), self.screen(), epoch_seconds(s.state_folder), most_epochs=s.finetune_epochs
+        )
+
+    @step
+    def deploy(self) -> DeployedSet:
+        """Dense and finalists deployed alike, timed interleaved; each finalist is logged with its time."""
+        finalists = self.finetune()
+        models = {"dense": self._deploy_dense()}
+        device = str(tree_leaves(self._example)[0].device)
+        for finalist in finalists:
+            if finalist.path is not None:
+                models[finalist.record["trial"]] = self._deploy(finalist.load(device))
+        seconds = measure_latency({name: model.run for name, model in models.items()}, self._example)
+        for finalist in finalists:
+            self.solve_policies().log_once(self._timed(finalist, seconds))
+        return DeployedSet(models, seconds, length(self._example))
+
+    @step
+    def screen_uniform(self) -> dict[float, Screening | str]:
+        """Budget -> what uniform ranks of the same cost screen at, on the same images; or why there are none.
+
+        A latency cost has no formula, so uniform ranks are then taken at that share of the FLOPs.
+        """
+        factors, screener = self.factorize(), self.make_screener()
+        cost = CostMeasure() if self.settings.cost == "latency" else self.price_menus()[1]
+        found: dict[float, Screening | str] = {}
+        for budget in self.settings.budgets:
+            try:
+                found[budget] = screener.screen(meet_budget("uniform", factors, budget, cost=cost))
+            except (CandidateFailed, ValueError) as reason:
+                found[budget] = str(reason)
+        return found
+
+    def best(self) -> Finalist:
+        """The finalist of fewest FLOPs among those that lose at most the tolerance on test.
+
+        Raises:
+            ValueError: there is none.
+        """
+        accepted = [one for one in self.finetune() if one.path is not None and one.record["accepted"]]
+        if not accepted:
+            raise ValueError(f"no finalist kept its accuracy within {self.settings.tolerance}: raise a budget")
+        return min(accepted, key=lambda one: one.record["flops"])
+
+    def _timed(self, finalist: Finalist, seconds: dict[str, float]) -> Record:
+        record = {**finalist.record, "baseline_inference_time": seconds["dense"]}
+        if finalist.path is None:
+            return record
+        model = finalist.load()
+        example = first(self._example, 1)
+        device = next(model.parameters()).device
+        example = example.to(device) if isinstance(example, Tensor) else example
+        counted = {"params": count_params(model), "flops": count_flops(model, example)}
+        if counted != {key: record[key] for key in counted}:
+            raise AssertionError(f"candidate {record['trial']}: counted {counted}, the formulas say {record}")
+        return {**record, "inference_time": seconds[record["trial"]], "latency_batch": length(self._example)}
+
+    @property
+    def _clock(self) -> StepClock:
+        return StepClock(self.settings.state_folder / "seconds.json")
+
+    @property
+    def _example(self) -> Inputs:
+        return first(self.draw_calibration(), self.settings.latency_batch)
+
+    @property
+    def _runtime(self) -> str:
+        on_cpu = tree_leaves(self.draw_calibration())[0].device.type == "cpu"
+        return self.settings.runtime if on_cpu else "torch"
+
+    def _deploy(self, model: nn.Module) -> Deployed:
+        return deploy(model, self._example, runtime=self._runtime)
+
+    def _deploy_dense(self) -> Deployed:
+        return self._deploy(self.dense_model())
+
+    def _claim_folder(self) -> None:
+        """Refuse a folder that was begun with another baseline or other settings: its candidates would not compare.
+
+        Raises:
+            ValueError: naming the folder and what differs.
+        """
+        own = {name: value for name, value in self.settings.rows() if name not in MAY_CHANGE}
+        own["baseline"] = weights_digest(self.dense_model())
+        own = json.loads(json.dumps(own, default=str))
+        path = self.settings.state_folder / "settings.json"
+        if not path.exists():
+            write_text(path, json.dumps(own, indent=1))
+            return
+        known = json.loads(path.read_text())
+        differing = sorted(name for name in own if name in known and known[name] != own[name])
+        if differing:
+            raise ValueError(
+                f"{self.settings.state_folder} was begun with another {', '.join(differing)}: "
+                "delete it, or give the run another folder or seed"
+            )
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A short digest of everything in a network's state."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        if isinstance(tensor, Tensor):
+            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
