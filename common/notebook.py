@@ -50,11 +50,16 @@ def styled(table: pd.DataFrame) -> Any:
     percent = [c for c in table.columns if "share" in c or "saved" in c]
     counts = [c for c in table.columns if c in ("parameters", "FLOPs")]
     formats = dict.fromkeys(percent, "{:.1%}") | dict.fromkeys(counts, "{:,.0f}")
-    formats |= {c: "{:.4f}" for c in table.columns if "accuracy" in c}
+    formats |= {c: "{:.4f}" for c in table.columns if "accuracy" in c or "score" in c}
     formats |= {c: "{:.2f}x" for c in table.columns if c == "speed-up"}
     formats |= {c: "{:.2f}" for c in table.columns if c == "ms per batch"}
     formats |= {c: "{:.4f}" for c in table.columns if "divergence" in c}
     return table.style.format(formats, na_rep="")
+
+
+def styled_text(table: pd.DataFrame) -> str:
+    """The same as plain text, for a terminal."""
+    return styled(table).to_string(delimiter="  ")
 
 
 def error_curves(factors: Mapping[str, ModelFactors], layer: str) -> dict[str, tuple[list[int], list[float]]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision import datasets
 
 from .folders import MEMORY_LIMIT, FolderSource, read_folder
-from .splits import Augmentation, Batch, ImageFormat, Split
+from .splits import Augmentation, Batch, ImageFormat, Split, both_sides
 
 __all__ = ["DATASETS", "Batch", "DataUnavailable", "Dataset", "Split", "load"]
 
@@ -32,7 +32,7 @@ class Dataset:
 
     name: str
     classes: tuple[str, ...]
-    image_size: int
+    image_size: int | tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     train: Split
@@ -45,8 +45,8 @@ class Dataset:
 
     @property
     def example_shape(self) -> tuple[int, int, int]:
-        """Shape of one image as the network sees it: (channels, S, S)."""
-        return (len(self.mean), self.image_size, self.image_size)
+        """Shape of one image as the network sees it: (channels, H, W)."""
+        return (len(self.mean), *both_sides(self.image_size))
 
     @property
     def device(self) -> torch.device:
@@ -88,7 +88,7 @@ def load(
     name: str,
     root: str | Path | None = None,
     *,
-    image_size: int = 32,
+    image_size: int | tuple[int, int] = 32,
     seed: int = 0,
     val_fraction: float = 0.1,
     device: str | torch.device = "cpu",
@@ -102,6 +102,7 @@ def load(
     """Load a data set and split it.
 
     Args:
+        image_size: side of square images, or (height, width), in pixels.
         name: one of `DATASETS`, or "folder:PATH" with PATH/train/<class>/* and PATH/test/<class>/*.
         root: folder of torchvision's data sets; None takes $HTD_DATA, else "data".
         seed: of the validation part and of `train_limit`; the test split does not depend on it.
@@ -116,7 +117,7 @@ def load(
         ValueError: unknown name, argument out of range, empty folder, class missing from a split.
         DataUnavailable: files are missing and could not be downloaded.
     """
-    if image_size < 1:
+    if min(both_sides(image_size)) < 1:
         raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")

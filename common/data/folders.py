@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +43,7 @@ class FolderSource:
         """Decode the images to the device, or leave them on disk when they take more than the memory limit."""
         labels = torch.from_numpy(self.labels).to(device)
         decoder = _Decoder(self.files, image_format)
-        if len(self.files) * image_format.channels * image_format.image_size**2 > self.memory_limit:
+        if len(self.files) * image_format.channels * math.prod(image_format.size) > self.memory_limit:
             return StreamedSplit(decoder, labels, image_format)
         with ThreadPoolExecutor() as pool:
             images = torch.stack(list(pool.map(decoder.__getitem__, range(len(decoder)))))
@@ -77,7 +78,7 @@ class StreamedSplit(Split):
 
 @dataclass(frozen=True)
 class _Decoder(torch.utils.data.Dataset):
-    """Row -> (C, S, S) uint8: the middle square of the image, scaled so that its shorter side is S."""
+    """Row -> (C, H, W) uint8: the middle of the image, scaled so that it just fills the format."""
 
     files: tuple[Path, ...]
     image_format: ImageFormat
@@ -86,10 +87,10 @@ class _Decoder(torch.utils.data.Dataset):
         return len(self.files)
 
     def __getitem__(self, row: int) -> Tensor:
-        size, mode = self.image_format.image_size, "L" if self.image_format.channels == 1 else "RGB"
+        (height, width), mode = self.image_format.size, "L" if self.image_format.channels == 1 else "RGB"
         try:
             with Image.open(self.files[row]) as image:
-                fitted = ImageOps.fit(_eight_bits(image).convert(mode), (size, size), Image.Resampling.BILINEAR)
+                fitted = ImageOps.fit(_eight_bits(image).convert(mode), (width, height), Image.Resampling.BILINEAR)
         except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"{self.files[row]} is not a readable image: {error}") from None
         pixels = torch.from_numpy(np.array(fitted))

@@ -36,13 +36,14 @@ class Augmentation:
 
     def apply(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Return changed images: (B, C, S, S) -> (B, C, S, S), float; the input stays as it is."""
-        count, side = images.shape[0], images.shape[-1]
+        count, (height, width) = images.shape[0], images.shape[-2:]
         draws = torch.rand(count, 5, generator=generator, device=generator.device).to(images.device) * 2 - 1
         angle = draws[:, 0] * math.radians(self.rotation)
         zoom = 1 + draws[:, 1] * self.scale
         mirror = torch.where(draws[:, 2] < 0, -1.0, 1.0) if self.flip else torch.ones_like(angle)
         # Whole pixels: a shift must not blur. grid_sample's frame is 2 wide, hence the factor 2 / side.
-        shift = (draws[:, 3:] * self.shift * side).round() * (2 / side)
+        sides = draws.new_tensor([width, height])
+        shift = (draws[:, 3:] * self.shift * sides).round() * (2 / sides)
         theta = torch.stack(
             [
                 torch.stack([mirror * zoom * angle.cos(), -zoom * angle.sin(), shift[:, 0]], dim=1),
@@ -55,19 +56,32 @@ class Augmentation:
         return F.grid_sample(images, grid, mode=mode, padding_mode=self.padding_mode, align_corners=False)
 
 
+def both_sides(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a side or of a pair."""
+    return (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
+
+
 @dataclass(frozen=True)
 class ImageFormat:
-    """What every batch of a data set looks like; mean and std hold one number per channel, for pixels in 0..1."""
+    """What every batch of a data set looks like; mean and std hold one number per channel, for pixels in 0..1.
 
-    image_size: int
+    `image_size` is the side of square images, or (height, width).
+    """
+
+    image_size: int | tuple[int, int]
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augmentation: Augmentation = field(default_factory=Augmentation)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return both_sides(self.image_size)
+
     def resize(self, images: Tensor) -> Tensor:
         """Resize uint8 images: (B, C, H, W) -> (B, C, S, S), bilinear with antialiasing, rounded back to uint8."""
-        size = (self.image_size, self.image_size)
+        size = self.size
         if tuple(images.shape[-2:]) == size:
             return images
         resized = F.interpolate(images.float(), size, mode="bilinear", antialias=True, align_corners=False)
@@ -176,7 +190,7 @@ class Split:
 
     def _resize_once(self) -> None:
         count, channels, *size = self._images.shape
-        side = self.format.image_size
-        if size != [side, side] and count * channels * side * side <= CACHE_BYTES:
+        height, width = self.format.size
+        if size != [height, width] and count * channels * height * width <= CACHE_BYTES:
             self._content = self.content  # while the images are as they came
             self._images = torch.cat([self.format.resize(part) for part in self._images.split(1024)])

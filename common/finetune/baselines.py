@@ -110,7 +110,8 @@ class _Wanted:
 def checkpoint_path(architecture: str, dataset: str, image_size: int, folder: Path = SAVED_MODELS) -> Path:
     """Where a baseline's checkpoint lies; a folder data set is named by its last folder."""
     short = re.sub(r"[^A-Za-z0-9-]+", "-", Path(dataset).name.removeprefix("folder:"))
-    return folder / f"{architecture}_{short}_{image_size}.safetensors"
+    size = "x".join(map(str, image_size)) if isinstance(image_size, tuple) else image_size
+    return folder / f"{architecture}_{short}_{size}.safetensors"
 
 
 def baseline(

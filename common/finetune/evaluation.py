@@ -65,7 +65,7 @@ def predict_logits(model: nn.Module, split: Split, *, amp: bool | None = None) -
 
 
 def _batch(split: Split) -> int:
-    return evaluation_batch(split.format.image_size, split.format.image_size)
+    return evaluation_batch(*split.format.size)
 
 
 def check_head(logits: Tensor, split: Split) -> None:

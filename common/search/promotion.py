@@ -273,13 +273,15 @@ class _Run:
     def _write_result(self) -> None:
         model, config = self._train(self.trainer.epochs), self.record["config"]
         score, epochs = self.trainer.test(model), self._epochs()
+        # Without any metric, epochs were judged by the divergence, which is no accuracy.
+        judged = epochs[-1]["val_accuracy"] if epochs and self.standard.baseline is not None else None
         record = {
             **self.record,
             "accuracy": score,
             "accepted": self.standard.accepts(score),
             "status": "fine-tuned",
             "screened_accuracy": self.record["val_accuracy"],
-            "val_accuracy": epochs[-1]["val_accuracy"] if epochs else self.record["val_accuracy"],
+            "val_accuracy": self.record["val_accuracy"] if judged is None else judged,
             "epochs": len(epochs),
             "finetune_seconds": sum(one["seconds"] for one in epochs),
             "finetune": dict(self.trainer.facts),

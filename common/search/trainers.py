@@ -124,7 +124,7 @@ class BatchTrainer:
             if self.settings.clip_norm is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), self.settings.clip_norm)
             optimizer.step()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
         if not losses:
             raise ValueError(
                 "train: the data yielded no batch in this epoch: give a DataLoader or a list, not a generator"

@@ -1,5 +1,7 @@
 """Data sets: splits that are seeded, stratified and apart; batches that are what the format promises."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -325,3 +327,68 @@ def test_resize_keeps_a_constant_image_constant():
         resized = image_format.resize(torch.full((2, 1, size, size), 77, dtype=torch.uint8))
         assert resized.shape == (2, 1, 9, 9)
         assert (resized == 77).all()
+
+
+def test_images_need_not_be_square(tmp_path):
+    dataset = load("digits", image_size=(12, 20), train_limit=60)
+    batch = next(dataset.train.batches(8, generator=torch.Generator().manual_seed(0), augment=True))
+    assert batch.images.shape == (8, 3, 12, 20)
+    assert dataset.example_shape == (3, 12, 20)
+    for part in ("train", "test"):
+        for label in ("a", "b"):
+            (tmp_path / part / label).mkdir(parents=True)
+            for number in range(5):
+                Image.new("RGB", (40, 30), (50 * number, 0, 0)).save(tmp_path / part / label / f"{number}.png")
+    folder = load(f"folder:{tmp_path}", image_size=(12, 20), val_fraction=0.4, mean=(0.5,) * 3, std=(0.25,) * 3)
+    assert next(folder.train.batches(4)).images.shape == (4, 3, 12, 20)
+    assert folder.mean == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("numbers", [{"mean": (0.5, 0.5)}, {"std": (1.0, 1.0, 0.0)}])
+def test_normalisation_that_fits_no_image_is_refused(numbers):
+    with pytest.raises(ValueError, match="mean and std need 3 numbers"):
+        load("digits", **numbers)
+
+
+def test_hidden_files_pipes_and_other_folders_are_no_images(tmp_path):
+    for part in ("train", "test"):
+        for label in ("a", "b"):
+            (tmp_path / part / label).mkdir(parents=True)
+            for number in range(4):
+                Image.new("RGB", (8, 8), (50 * number, 0, 0)).save(tmp_path / part / label / f"{number}.png")
+    (tmp_path / "train" / ".cache").mkdir()
+    (tmp_path / "train" / "a" / "._0.png").write_bytes(b"resource fork")
+    (tmp_path / "train" / "a" / ".thumbs").mkdir()
+    (tmp_path / "train" / "a" / ".thumbs" / "x.png").write_bytes(b"thumb")
+    os.mkfifo(tmp_path / "train" / "a" / "pipe.png")
+    dataset = load(f"folder:{tmp_path}", image_size=8, val_fraction=0.25)
+    assert dataset.classes == ("a", "b")
+    assert len(dataset.train) + len(dataset.val) == 8
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_sixteen_bit_shades_come_through(tmp_path, suffix):
+    shades = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    for part in ("train", "test"):
+        for label in ("a", "b"):
+            (tmp_path / part / label).mkdir(parents=True)
+            for number in range(4):
+                Image.fromarray(shades).save(tmp_path / part / label / f"{number}.{suffix}")
+    split = load(f"folder:{tmp_path}", image_size=8, val_fraction=0.25).test
+    seen = next(iter(split.batches(1))).images[0, 0] * 0.229 + 0.485
+    assert torch.allclose(seen, torch.from_numpy(shades / 65535).float(), atol=1 / 255)
+
+
+def test_an_image_without_a_known_range_or_too_large_is_named(tmp_path, monkeypatch):
+    for part in ("train", "test"):
+        for label in ("a", "b"):
+            (tmp_path / part / label).mkdir(parents=True)
+            for number in range(4):
+                Image.new("RGB", (8, 8)).save(tmp_path / part / label / f"{number}.png")
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "test" / "a" / "9.tiff")
+    with pytest.raises(ValueError, match=r"9\.tiff is not a readable image.*mode 'F'"):
+        load(f"folder:{tmp_path}", image_size=8, val_fraction=0.25)
+    (tmp_path / "test" / "a" / "9.tiff").unlink()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(ValueError, match=r"\.png is not a readable image"):
+        load(f"folder:{tmp_path}", image_size=8, val_fraction=0.25)

@@ -1,0 +1,260 @@
+"""One call on somebody's own network and data: it searches, keeps everything, resumes, and its files load again."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import analyze_results
+import jsonify_logs
+from common import compress_network
+from common.deploy import onnx_session
+from common.models import CheckpointError, load_compressed
+from common.ranks.timed_menus import MenuTimes
+from common.reports import read_log
+
+QUICK = {
+    "candidates": 3,
+    "latency_batch": 4,
+    "calibration_images": 64,
+    "screen_images": 48,
+    "promote": 1,
+    "progress": False,
+}
+QUICK |= {"sensitivity": "proxy"}
+
+
+class Net(nn.Module):
+    """A small CNN of somebody's own, with a batch norm and a value that changes when it runs."""
+
+    def __init__(self, outputs=10):
+        super().__init__()
+        self.first = nn.Conv2d(3, 24, 3, padding=1)
+        self.norm = nn.BatchNorm2d(24)
+        self.second = nn.Conv2d(24, 40, 3, stride=2, padding=1)
+        self.head = nn.Linear(40, outputs)
+        self.passes = 0
+
+    def forward(self, x):
+        self.passes += 1
+        return self.head(F.relu(self.second(F.relu(self.norm(self.first(x))))).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def loaders(digits):
+    pairs = [next(split.batches(len(split))) for split in (digits.train, digits.val)]
+    return [DataLoader(TensorDataset(one.images, one.labels), batch_size=32) for one in pairs]
+
+
+@pytest.fixture(scope="module")
+def trained(loaders):
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
+    for _ in range(8):
+        for images, labels in loaders[0]:
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+    return model
+
+
+@pytest.fixture(scope="module")
+def finished(trained, loaders, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own")
+    return compress_network(trained, *loaders, budgets=(0.6,), folder=folder, epochs=1, tolerance=0.5, **QUICK), folder
+
+
+def test_the_table_has_the_dense_network_and_what_was_found(finished, trained):
+    table = finished[0].table()
+    assert list(table.index) == ["dense", table.index[1]]
+    assert table["FLOPs"].iloc[1] <= 0.6 * table["FLOPs"].iloc[0]
+    assert table["validation accuracy"].iloc[0] > 0.4
+    assert (table["speed-up"] > 0).all()
+
+
+def test_the_given_network_is_never_changed(trained, loaders, tmp_path):
+    trained.train()
+    before = {name: value.clone() for name, value in trained.state_dict().items()}
+    compress_network(trained, *loaders, budgets=(0.6,), folder=tmp_path, epochs=1, **QUICK)
+    assert trained.training
+    assert all(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
+
+
+def test_what_it_hands_back_is_saved_loaded_and_exported(finished, tmp_path):
+    small = finished[0].best()
+    images = small.example
+    with torch.no_grad():
+        expected = small.model(images)
+    path = small.save(tmp_path / "small.safetensors")
+    for maker in (Net, Net()):
+        loaded, info = load_compressed(path, model=maker)
+        with torch.no_grad():
+            assert torch.equal(loaded(images), expected)
+    assert info["config"] == small.record["config"]
+    with pytest.raises(CheckpointError, match="give what makes the dense network"):
+        load_compressed(path)
+    with pytest.raises(CheckpointError, match=r"tensor 'head"):
+        load_compressed(path, model=lambda: Net(7))
+    found = onnx_session(small.export_onnx(tmp_path / "small.onnx"))(images)
+    assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
+    program = torch.export.load(small.export_program(tmp_path / "small.pt2")).module()
+    assert (program(images) - expected).abs().max() < 1e-3 * expected.abs().max()
+    assert small.params < 0.8 * sum(p.numel() for p in Net().parameters())
+
+
+def test_its_log_becomes_a_table_as_any_other(finished, tmp_path, capsys):
+    run, folder = finished
+    log = read_log(run.settings.log_path)
+    assert log.warnings == []
+    assert log.counts()["tried"] == 3
+    assert log.header["scored_on"] == "validation accuracy"
+    assert jsonify_logs.main([str(folder), "--out", str(tmp_path)]) == 0
+    assert analyze_results.main([str(tmp_path), "--out", str(tmp_path), "--tolerance", "0.5", "--no-plots"]) == 0
+    assert "Best FLOPs Red." in capsys.readouterr().out
+
+
+def test_a_second_call_does_nothing_again_and_other_settings_are_refused(finished, trained, loaders, monkeypatch):
+    run, folder = finished
+    run.close()
+    monkeypatch.setattr("common.search.screening.Screener.screen", None)
+    monkeypatch.setattr("common.search.trainers.BatchTrainer.train", None)
+    again = compress_network(trained, *loaders, budgets=(0.6,), folder=folder, epochs=1, tolerance=0.5, **QUICK)
+    assert [one.record["trial"] for one in again.finetune()] == [one.record["trial"] for one in run.finetune()]
+    again.close()
+    with pytest.raises(ValueError, match="was begun with another calibration_images"):
+        compress_network(
+            trained, *loaders, budgets=(0.6,), folder=folder, epochs=1, **{**QUICK, "calibration_images": 32}
+        )
+
+
+def test_no_training_at_all(trained, loaders, tmp_path):
+    run = compress_network(trained, *loaders, budgets=(0.7,), folder=tmp_path, epochs=0, tolerance=0.9, **QUICK)
+    assert run.best().record["epochs"] == 0
+    assert run.best().record["accuracy"] is not None
+
+
+def test_layers_that_are_to_stay_dense_stay_so(trained, loaders, tmp_path):
+    run = compress_network(
+        trained, *loaders, budgets=(0.9,), folder=tmp_path, epochs=0, leave_dense=["second"], **QUICK
+    )
+    assert "second" not in run.factorize().layers
+    with pytest.raises(ValueError, match="leave_dense names 'third'"):
+        compress_network(trained, *loaders, folder=tmp_path / "b", leave_dense=["third"], **QUICK)
+
+
+class Halves(nn.Module):
+    """Two inputs by name, a dictionary out: a task that nobody foresaw."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(3, 16, 5, padding=2)
+        self.join = nn.Conv2d(32, 40, 3, padding=1)
+        self.out = nn.Conv2d(40, 3, 3, padding=1)
+
+    def forward(self, image, hint):
+        both = torch.cat([self.left(image), self.right(hint)], 1).relu()
+        return {"picture": self.out(self.join(both).relu())}
+
+
+@pytest.fixture(scope="module")
+def halves():
+    torch.manual_seed(1)
+    batches = []
+    for _ in range(4):
+        image, hint = torch.randn(2, 16, 3, 12, 16)
+        batches.append(({"image": image, "hint": hint}, image + hint))
+    return Halves().eval(), batches
+
+
+def test_several_inputs_and_named_outputs_without_any_metric(halves, tmp_path):
+    model, batches = halves
+    run = compress_network(model, batches, batches[:2], budgets=(0.6,), folder=tmp_path, epochs=2, **QUICK)
+    assert run.make_screener().kind == "relative"
+    (finalist,) = run.finetune()
+    assert finalist.record["divergence"] > 0
+    with pytest.raises(ValueError, match="no score to choose by"):
+        run.best()
+    small = run.pick(finalist.record["trial"])
+    loaded, _ = load_compressed(small.save(tmp_path / "s.safetensors"), model=Halves)
+    inputs = batches[0][0]
+    with torch.no_grad():
+        expected = small.model(**inputs)["picture"]
+        assert torch.equal(loaded(**inputs)["picture"], expected)
+    found = onnx_session(small.export_onnx(tmp_path / "s.onnx"))(inputs)
+    assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_own_measure_loss_and_training_loop(halves, tmp_path):
+    model, batches = halves
+    called = []
+
+    def evaluate(network):
+        with torch.no_grad():
+            return -float(sum((network(**x)["picture"] - model(**x)["picture"]).square().mean() for x, _ in batches))
+
+    def finetune(network, teacher, epochs):
+        called.append(epochs)
+        assert teacher is model
+        optimizer = torch.optim.Adam(network.parameters(), 1e-3)
+        for inputs, _ in batches:
+            optimizer.zero_grad()
+            F.mse_loss(network(**inputs)["picture"], teacher(**inputs)["picture"].detach()).backward()
+            optimizer.step()
+
+    options = {"budgets": (0.6,), "evaluate": evaluate, "tolerance": 0.99, **QUICK}
+    run = compress_network(model, batches, batches, folder=tmp_path / "a", epochs=2, finetune=finetune, **options)
+    assert called == [2]
+    table = run.table()
+    assert table["validation score"].iloc[0] == 0
+    assert table["validation score"].iloc[1] < 0
+    log = read_log(run.settings.log_path)
+    assert log.baseline["accuracy"] == 0
+    assert [record["status"] for record in log.candidates].count("fine-tuned") == 1
+
+    losses = []
+
+    def loss(output, target):
+        losses.append(1)
+        return (output["picture"] - target).square().mean()
+
+    compress_network(model, batches, batches, folder=tmp_path / "b", epochs=1, loss=loss, **options)
+    assert len(losses) == len(batches)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"budgets": (2,)}, "budgets must be shares of the dense cost"),
+        ({"budgets": "much"}, "budgets"),
+        ({"sampler": "tree"}, "sampler must be one of policy, tpe, random, nsga2; got 'tree'"),
+        ({"epochs": -1}, "finetune_epochs must be a number of epochs, 0 or more"),
+        ({"speedup": 0.5}, "speedup must be a number above 1"),
+        ({"candidate": 3}, "unknown knob 'candidate'"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_wrong_knobs_are_refused_before_anything_is_done(trained, tmp_path, knobs, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        compress_network(trained, None, None, folder=tmp_path / "x", **knobs)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "x").exists()
+
+
+def test_data_that_cannot_be_used_is_named(trained, loaders, tmp_path):
+    with pytest.raises(ValueError, match="must yield pairs"):
+        compress_network(trained, loaders[0], [torch.zeros(4, 3, 16, 16)], folder=tmp_path, **QUICK)
+
+
+def test_a_speedup_is_a_target(trained, loaders, tmp_path, monkeypatch):
+    def times_as_flops(factors, menus, *_, **__):
+        entries = {name: [entry.flops * 1e-9 for entry in menu] for name, menu in menus.items()}
+        return MenuTimes(factors.dense_flops * 1e-9, entries)
+
+    monkeypatch.setattr("common.run.time_menus", times_as_flops)  # the real times of so small a network are noise
+    run = compress_network(trained, *loaders, speedup=1.3, folder=tmp_path, epochs=0, tolerance=0.99, **QUICK)
+    assert run.settings.cost == "latency"
+    assert run.settings.budgets == pytest.approx((0.95 / 1.3, 0.8 / 1.3))
+    assert all(record["flops"] <= 0.95 / 1.3 * run.factorize().dense_flops for record in run.screen())
+    assert run.best().record["status"] == "fine-tuned"
