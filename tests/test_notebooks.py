@@ -80,3 +80,18 @@ def test_every_notebook_runs_end_to_end(path, tmp_path, monkeypatch):
     assert any("image/png" in output.get("data", {}) for cell in done.cells for output in cell.get("outputs", []))
     assert len(list((tmp_path / "logs").glob("*/candidate-*.onnx"))) == 1
     assert set(ROOT.glob("finetuned/saved_models/*")) == before
+
+
+OWN_NETWORK = ROOT / "htd-own-network.ipynb"
+
+
+def test_the_notebook_on_an_own_network_runs_end_to_end(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for cell in code_cells(OWN_NETWORK):
+        assert not re.search(r"^\s*(def|class) ", cell.source, re.MULTILINE)
+    small = {"FOLDER": str(tmp_path / "run"), "CANDIDATES": 2, "BUDGETS": [0.5], "EPOCHS": 1, "PROGRESS": False}
+    out = tmp_path / "out.ipynb"
+    done = papermill.execute_notebook(OWN_NETWORK, out, parameters=small, cwd=ROOT, progress_bar=False)
+    said = "".join(output.get("text", "") for cell in done.cells for output in cell.get("outputs", []))
+    assert said.count("right") == 3
+    assert {path.suffix for path in (tmp_path / "run").glob("small.*")} == {".safetensors", ".onnx", ".pt2"}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import logging
@@ -13,19 +14,20 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import torch
-from onnx import helper, numpy_helper
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 
 from ..files import atomic_path
 from ..inputs import Inputs, first, length, run
 from ..modules import copy_with, evaluating, first_line, unwrapped
+
+if TYPE_CHECKING:
+    import onnx
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference between torch's outputs and onnxruntime's that an export may have, relative to the largest."""
@@ -143,6 +145,7 @@ def onnx_session(
     """
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1; got {threads}")
+    onnxruntime = _package("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.inter_op_num_threads = 1
@@ -189,6 +192,7 @@ def onnx_layer(module: nn.Module, input_shape: Sequence[int]) -> bytes:
     Raises:
         ValueError: another module.
     """
+    helper = _package("onnx.helper")
     graph = _GraphWriter()
     for layer in module if isinstance(module, nn.Sequential) else [module]:
         graph.add(layer)
@@ -200,6 +204,20 @@ def onnx_layer(module: nn.Module, input_shape: Sequence[int]) -> bytes:
     made = helper.make_graph(graph.nodes, "layer", ends[:1], ends[1:], graph.tensors)
     opset = [helper.make_opsetid("", OPSET)]
     return helper.make_model(made, opset_imports=opset, ir_version=9).SerializeToString()
+
+
+def _package(name: str) -> ModuleType:
+    """A package of the extra "onnx", loaded when it is needed.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{name} is not installed: pip install 'htd-cnn-compression[onnx]', or use runtime='torch'"
+        ) from error
 
 
 class _GraphWriter:
@@ -242,12 +260,12 @@ class _GraphWriter:
 
     def _node(self, operator: str, inputs: list[str], **attributes: object) -> None:
         output = f"value{len(self.nodes)}"
-        self.nodes.append(helper.make_node(operator, [self.last, *inputs], [output], **attributes))
+        self.nodes.append(_package("onnx.helper").make_node(operator, [self.last, *inputs], [output], **attributes))
         self.last = output
 
     def _tensor(self, tensor: Tensor) -> str:
         name = f"tensor{len(self.tensors)}"
-        self.tensors.append(numpy_helper.from_array(tensor.detach().cpu().contiguous().numpy(), name))
+        self.tensors.append(_package("onnx.numpy_helper").from_array(tensor.detach().cpu().contiguous().numpy(), name))
         return name
 
     def _bias(self, layer: nn.Module) -> list[str]:
@@ -257,6 +275,7 @@ class _GraphWriter:
 def _export(
     model: nn.Module, inputs: Inputs, target: Path | io.BytesIO, metadata: Mapping[str, Any] | None = None
 ) -> None:
+    _package("onnxscript")
     arguments, names = _arguments(inputs)
     try:
         outputs = _output_names(run(model, inputs))

@@ -1,0 +1,55 @@
+"""An executed notebook comes to the root without what papermill notes, and says which command it is of."""
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from tools.adopt_notebook import adopted, without_note
+
+
+def notebooks(**changes):
+    current = new_notebook(cells=[new_markdown_cell("# Title"), new_code_cell("A = 1"), new_code_cell("A")])
+    executed = nbformat.from_dict(
+        new_notebook(
+            cells=[
+                new_markdown_cell("# Title"),
+                new_code_cell(
+                    "A = 1", execution_count=1, metadata={"tags": ["parameters"], "papermill": {"duration": 1}}
+                ),
+                new_code_cell("A = 5", execution_count=2, metadata={"tags": ["injected-parameters"]}),
+                new_code_cell("A", execution_count=3, outputs=[new_output("execute_result", {"text/plain": "5"})]),
+            ],
+            metadata={
+                "papermill": {"parameters": {"A": 5, "B": [0.1], "PROGRESS": False}, "input_path": "/home/x.ipynb"}
+            },
+        )
+    )
+    executed.cells[3].update(changes)
+    return executed, current
+
+
+def test_outputs_stay_and_notes_go():
+    executed, current = notebooks()
+    made = adopted(executed, current, "x.ipynb")
+    assert [without_note(cell.source) for cell in made.cells] == ["# Title", "A = 1", "A"]
+    assert made.cells[2].outputs[0]["data"]["text/plain"] == "5"
+    text = nbformat.writes(made)
+    assert "/home" not in text
+    assert "duration" not in text
+    assert "papermill x.ipynb out.ipynb -p A 5 -y 'B: [0.1]'`" in made.cells[0].source
+    assert [cell.execution_count for cell in made.cells[1:]] == [1, 2]
+    again = adopted(notebooks()[0], made, "x.ipynb")
+    assert again.cells[0].source == made.cells[0].source
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"execution_count": None}, "not run to its end"),
+        ({"outputs": [new_output("error", ename="E", evalue="", traceback=[])]}, "not run to its end"),
+        ({"source": "B"}, "other cells"),
+    ],
+)
+def test_unfinished_or_foreign_notebooks_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        adopted(*notebooks(**changes), "x.ipynb")
