@@ -1,8 +1,8 @@
 """Puts an executed notebook's outputs into the notebook at the root: python tools/adopt_notebook.py EXECUTED...
 
-The cell in which papermill notes what it was called with goes, and so do its notes of times and paths; a line at the top
-says which command the outputs are of. Refuses a notebook that was not run to its end, or whose cells are not those of
-the one at the root.
+The cell in which papermill notes what it was called with goes, and so do its notes of times and paths; a line at the
+top says which command the outputs are of. Refuses a notebook that was not run to its end, or whose cells are not those
+of the one at the root.
 """
 
 from __future__ import annotations
