@@ -9,7 +9,7 @@ export PYTHONHASHSEED = 0
 
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo row test lint notebooks documents clean
+.PHONY: reliability help setup demo row test lint notebooks documents clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -37,6 +37,10 @@ row: $(STAMP)  ## ResNet18 on Fashion-MNIST in the README's tables: 32 px, from 
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest
+
+reliability: $(STAMP)  ## damage files and kill runs, ten minutes; the counts go into docs/reliability.md
+	$(BIN)/python tools/reliability.py
+	$(BIN)/python tools/update_docs.py
 
 lint: $(STAMP)  ## ruff, the direction of imports, nothing stray in git, documents made from their files
 	$(BIN)/ruff check .

@@ -341,6 +341,17 @@ def _notebook_command(folder: str, executed: Mapping[str, Any]) -> list[str]:
     return [f"{folder}: {family(notebook.split('-')[1])}{seed}", command, f"{executed['duration'] / 60:.0f}"]
 
 
+def reliability(content: Mapping[str, Any]) -> str:
+    """What was damaged or killed, how often, and what came of it."""
+    rows = []
+    for what, counts in content["counts"].items():
+        told = ", ".join(f"{value:,} {key}" for key, value in counts.items())
+        rows.append([what, told])
+    origin = content["provenance"]
+    table = tabulate(rows, headers=["what", "counts"], tablefmt="github", disable_numparse=True)
+    return f"{table}\n\n{origin['machine']}, seed {origin['seed']}, revision {origin['git_revision']}."
+
+
 def factorisation(measured: Mapping[str, Any]) -> str:
     """What factorising and compressing cost beside a Tucker-2 decomposition of the same layers."""
     seconds = measured["median_seconds"]

@@ -17,7 +17,7 @@ from common.files import write_text
 from common.reports import load_runs
 from tools import documents
 
-DOCUMENTS = ("README.md", "results/README.md", "docs/method.md", "docs/notebooks.md")
+DOCUMENTS = ("README.md", "results/README.md", "docs/method.md", "docs/notebooks.md", "docs/reliability.md")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,6 +77,7 @@ def sections(results: Path) -> Mapping[str, Callable[[], str]]:
         "seeds": lambda: documents.seeds(runs),
         "search-costs": lambda: documents.search_costs(runs, published),
         "commands": lambda: documents.commands(results),
+        "reliability": lambda: documents.reliability(documents.read_json(results / "reliability.json")),
         "factorisation": lambda: documents.factorisation(documents.read_json(results / "factorize_speed.json")),
         **{name: partial(path.read_text, encoding="utf-8") for name, path in files.items()},
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import zipfile
@@ -20,6 +21,10 @@ from .architectures import canonical_name, head_name, skeleton
 
 DENSE_FORMAT = "htd-dense-1"
 """Header field `format` of a dense checkpoint; compressed models carry another one."""
+
+
+DIGEST = "digest"
+"""Header field with what the rest of the file comes to; files of earlier versions have none."""
 
 
 class CheckpointError(ValueError):
@@ -45,10 +50,7 @@ def save_checkpoint(
         "classes": json.dumps(list(classes)),
         "metadata": json.dumps(metadata or {}),
     }
-    # Copies: safetensors refuses tensors that share storage, and wants plain memory order.
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    with atomic_path(path) as temporary:
-        safetensors.torch.save_file(state, temporary, metadata=header)
+    write_tensors(path, model.state_dict(), header)
 
 
 def load_checkpoint(
@@ -76,20 +78,21 @@ def load_checkpoint(
         raise CheckpointError(f"no checkpoint at {path}")
     expected = canonical_name(architecture) if architecture else None
     if path.suffix == ".safetensors":
-        state, metadata = _read_safetensors(path)
+        header, state, metadata = _read_safetensors(path)
         if expected and metadata["architecture"] != expected:
             raise CheckpointError(f"{path} holds a {metadata['architecture']}, but {expected} was asked for")
     else:
         if expected is None:
             raise CheckpointError(f"{path} does not say its architecture: name it")
         state = read_state_dict(path)
-        metadata = {"architecture": expected, "classes": None}
+        header, metadata = {}, {"architecture": expected, "classes": None}
     model = _rebuild(state, metadata["architecture"], num_classes, path)
+    check_digest(header, state, path)
     metadata["num_classes"] = model.get_submodule(head_name(model)).weight.shape[0]
     return model.to(device).eval(), metadata
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
+def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor], dict]:
     header, state = read_tensors(path)
     if header.get("format") != DENSE_FORMAT:
         found = header.get("format", "none")
@@ -101,7 +104,26 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
         metadata["classes"] = json.loads(header["classes"])
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has a damaged header: {first_line(error)}") from error
-    return state, metadata
+    return header, state, metadata
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
+    """Write tensors and header as one safetensors file, with a digest of both; see `check_digest`."""
+    # Copies: safetensors refuses tensors that share storage, and wants plain memory order.
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        safetensors.torch.save_file(state, temporary, metadata={**header, DIGEST: content_digest(header, state)})
+
+
+def content_digest(header: Mapping[str, str], state: Mapping[str, Tensor]) -> str:
+    """What a file's header, but for the digest itself, and its tensors come to."""
+    rest = {key: value for key, value in header.items() if key != DIGEST}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
+    for name in sorted(state):
+        tensor = state[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -118,6 +140,12 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise CheckpointError(f"{path} is damaged or not a safetensors file: {first_line(error)}") from error
     check_usable(state, path)
     return header, state
+
+
+def check_digest(header: Mapping[str, str], state: Mapping[str, Tensor], path: Path) -> None:
+    """Raise CheckpointError where the file was altered since it was written. The last check: it says no more."""
+    if DIGEST in header and header[DIGEST] != content_digest(header, state):
+        raise CheckpointError(f"{path} was altered: its digest does not agree with its content")
 
 
 def check_usable(state: Mapping[str, Tensor], path: Path) -> None:

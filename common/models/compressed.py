@@ -12,17 +12,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import torchvision
 from torch import Tensor, nn
 
 from ..compress import HTLayer
 from ..configuration import Configuration, KernelRanks, MatrixRanks, Ranks
-from ..files import atomic_path
 from ..modules import copy_with, unwrapped
 from .architectures import canonical_name, head_name, skeleton
-from .checkpoints import CheckpointError, read_tensors
+from .checkpoints import CheckpointError, check_digest, read_tensors, write_tensors
 from .specs import LARGEST, build, describe, differences
 
 COMPRESSED_FORMAT = "htd-compressed-1"
@@ -87,10 +85,7 @@ def save_compressed(
             header |= _own_header(model, tensors, dense)
     except (TypeError, ValueError) as error:
         raise ValueError(f"this model cannot be saved as a compressed {what}: {error}") from error
-    # Copies: safetensors refuses tensors that share storage, and wants plain memory order.
-    state = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
-    with atomic_path(path) as temporary:
-        safetensors.torch.save_file(state, temporary, metadata=header)
+    write_tensors(path, tensors, header)
 
 
 def _torchvision_header(
@@ -187,6 +182,7 @@ def load_compressed(
         _check_tensors(loaded, state, buffers=not own)
     except Exception as error:  # a header made by hand can make any part of torch fail
         raise CheckpointError(f"{path} is not a compressed model that can be loaded: {_one_line(error)}") from error
+    check_digest(header, state, path)
     for name in set(info.pop("channels_last")) & state.keys():
         if state[name].ndim == 4:
             state[name] = _channels_last(state[name])

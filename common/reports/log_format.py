@@ -25,6 +25,10 @@ CHECKSUM = "checksum"
 """Key of a block that says what the others come to: a value that something altered on the way is found by it."""
 
 
+CHECKSUMS_FOLLOW = "Every block from here on has a checksum"
+"""Event after which a block without one has lost it."""
+
+
 def checksum(record: Mapping[str, Any]) -> str:
     """What a record's members but the checksum come to, whatever their order."""
     rest = {key: value for key, value in record.items() if key != CHECKSUM}

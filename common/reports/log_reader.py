@@ -17,6 +17,7 @@ from .log_format import (
     BASELINE,
     CANDIDATE_MARKER,
     CHECKSUM,
+    CHECKSUMS_FOLLOW,
     EVENT,
     HEADER,
     checksum,
@@ -118,6 +119,7 @@ class _Reader:
         self.failures: list[dict[str, Any]] = []
         self.warnings: list[str] = []
         self.damaged = 0
+        self.checksums = False  # from where the log says so, or has one: what is older in a continued log has none
         self.events = 0  # lines and blocks that belong to a log
         self.marker_line: int | None = None
         self.block: list[tuple[int, str]] = []
@@ -159,6 +161,8 @@ class _Reader:
         if message == CANDIDATE_MARKER:
             self._abandon_block()
             self.marker_line = number
+        elif message == CHECKSUMS_FOLLOW:
+            self.checksums = True
         elif match := HEADER.match(message):
             self._take_header(number, match["key"], parse_value(match["value"]))
         elif match := BASELINE.match(message):
@@ -230,9 +234,10 @@ class _Reader:
         if record is None:
             self._damage(number, wrong)
             return
-        self.events += 1
-        if CHECKSUM in record:
-            if record[CHECKSUM] != checksum(record):
+        self.events += marked or "config_str" in record
+        if CHECKSUM in record or self.checksums:
+            self.checksums = True
+            if record.get(CHECKSUM) != checksum(record):
                 self._damage(number, "was altered: its checksum does not agree with its values")
                 return
             del record[CHECKSUM]

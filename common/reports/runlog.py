@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from .log_format import CANDIDATE_MARKER, CHECKSUM, checksum, format_value, without_nonfinite
+from .log_format import CANDIDATE_MARKER, CHECKSUM, CHECKSUMS_FOLLOW, checksum, format_value, without_nonfinite
 from .schema import record_problem
 
 
@@ -30,6 +30,7 @@ class RunLog:
     def __init__(self, path: str | os.PathLike, *, append: bool = True, process_name: str = "MainProcess"):
         self.path = Path(path)
         self._process_name = process_name
+        self._promised = False
         self.path.parent.mkdir(parents=True, exist_ok=True)
         cut_off = append and _ends_in_mid_line(self.path)
         self._file = open(self.path, "ab" if append else "wb")  # noqa: SIM115 (open until close())
@@ -85,6 +86,9 @@ class RunLog:
             raise ValueError(f"candidate cannot be logged: it {problem}")
         clean = {key: value for key, value in clean.items() if key != CHECKSUM}
         clean[CHECKSUM] = checksum(json.loads(json.dumps(clean, allow_nan=False)))
+        if not self._promised:
+            self._event("INFO", CHECKSUMS_FOLLOW)
+            self._promised = True
         members = [f"    {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in clean.items()]
         block = "{\n" + ",\n".join(members) + "\n}\n"
         self._write(self._line("INFO", CANDIDATE_MARKER) + block, durable=True)
