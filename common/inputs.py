@@ -89,14 +89,16 @@ def pairs_of(given: Any, argument: str = "data") -> Iterator[tuple[Inputs, Any]]
             raise ValueError(f"{argument} must yield pairs of inputs and targets; got a {type(batch).__name__}")
 
 
-def inputs_of(batch: Any, argument: str = "images") -> Inputs:
+def inputs_of(batch: Any, argument: str = "images", *, several: bool = False) -> Inputs:
     """The inputs in one batch: the batch itself, or the first of a pair (inputs, targets), or `batch.images`.
+
+    several: a tuple is several inputs, and not inputs with targets.
 
     Raises:
         ValueError: it is neither, naming the argument that it came in.
     """
     batch = getattr(batch, "images", batch)
-    if isinstance(batch, list | tuple) and batch and not isinstance(batch, _Several):
+    if isinstance(batch, list | tuple) and batch and not several:
         batch = batch[0]
     if isinstance(batch, np.ndarray):
         batch = torch.from_numpy(batch)
@@ -113,10 +115,6 @@ def inputs_of(batch: Any, argument: str = "images") -> Inputs:
     return batch
 
 
-class _Several(tuple):
-    """A tuple that is known to be several inputs and not inputs with targets."""
-
-
 def batches_of(given: Batches, argument: str = "images") -> Iterator[Inputs]:
     """The inputs of every batch in what was given, in order.
 
@@ -125,7 +123,7 @@ def batches_of(given: Batches, argument: str = "images") -> Iterator[Inputs]:
     """
     given = given.batches(256) if hasattr(given, "batches") else given  # one of our splits
     if isinstance(given, tuple):
-        yield inputs_of(_Several(given), argument)
+        yield inputs_of(given, argument, several=True)
     elif isinstance(given, Tensor | np.ndarray | Mapping):
         yield inputs_of(given, argument)
     elif isinstance(given, Iterable):
