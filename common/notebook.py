@@ -18,6 +18,7 @@ from .presets import RunSettings
 from .ranks import Menus, rank_grid
 from .reports import pareto_front
 from .reports.plots import classified
+from .run import Run
 from .search import Policy
 
 
@@ -190,31 +191,9 @@ def full_rank_rows(factors: ModelFactors) -> dict[str, tuple[int, ...]]:
     return factors.full_ranks().as_tuples()
 
 
-def summary(experiment: Experiment) -> list[dict[str, Any]]:
-    """One row per finalist, the dense network first: what it costs, what it is worth, how fast it runs."""
-    factors, deployed = experiment.factorize(), experiment.deploy()
-
-    def row(name: str, params: int, flops: int, accuracy: float) -> dict[str, Any]:
-        return {
-            "network": name,
-            "parameters": params,
-            "parameters saved": 1 - params / factors.dense_params,
-            "FLOPs": flops,
-            "FLOPs saved": 1 - flops / factors.dense_flops,
-            "test accuracy": accuracy,
-            "ms per batch": 1e3 * deployed.seconds[name],
-            "speed-up": deployed.speedup(name),
-        }
-
-    baseline_accuracy = experiment.prepare_baseline().test_accuracy
-    rows = [row("dense", factors.dense_params, factors.dense_flops, baseline_accuracy)]
-    for finalist in experiment.finetune():
-        record = finalist.record
-        if finalist.path is None:
-            rows.append({"network": record["trial"], "failed": record["reason"]})
-        else:
-            rows.append(row(record["trial"], record["params"], record["flops"], record["accuracy"]))
-    return rows
+def summary(experiment: Run) -> list[dict[str, Any]]:
+    """One row per finalist, the dense network first; see `Run.summary`."""
+    return experiment.summary()
 
 
 def front(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -21,25 +21,23 @@ from torch.utils._pytree import tree_leaves
 
 from .checked import check_fields, from_text
 from .compress import choose_layers, trace_layers
-from .cost import count_flops, count_params
-from .deploy import Deployed, deploy, export_onnx, export_program
 from .finetune import TrainSettings
 from .inputs import Inputs, first, length, like_model, pairs_of, run, sample
-from .models import save_compressed
+from .knobs import SearchKnobs
 from .modules import evaluating, unwrapped
 from .reports import plots
-from .run import Run, SearchKnobs, step
+from .run import Run, step
 from .search import (
     AcceptanceRule,
     BatchTrainer,
     CallbackTrainer,
     Finalist,
-    Record,
     Screener,
     accuracy,
     finetune_with,
     kind_for,
 )
+from .take_home import Small
 
 AIMS = (0.95, 0.8)
 """Budgets, as shares of the time that a speed-up leaves: layers timed alone promise a little more than the network
@@ -173,17 +171,7 @@ class NetworkRun(Run):
 
     def table(self) -> pd.DataFrame:
         """The dense network and the finalists: parameters, FLOPs, score, measured speed; failures with their reason."""
-        factors, times = self.factorize(), self.deploy()
-        rows = [self._row("dense", factors.dense_params, factors.dense_flops, self.dense_score())]
-        for finalist in self.finetune():
-            record = finalist.record
-            if finalist.path is None:
-                rows.append({"network": record["trial"], "failed": record["reason"]})
-            else:
-                rows.append(self._row(record["trial"], record["params"], record["flops"], record["accuracy"]))
-        table = pd.DataFrame(rows).set_index("network")
-        table.attrs["batch_size"] = times.batch_size
-        return table
+        return pd.DataFrame(self.summary()).set_index("network")
 
     def best(self, max_loss: float | None = None) -> Small:
         """The cheapest finalist that loses at most this much of the score (None: the run's tolerance).
@@ -225,19 +213,6 @@ class NetworkRun(Run):
         records = [*self.screen(), *(one.record for one in self.finetune())]
         dense = {"params": factors.dense_params, "flops": factors.dense_flops, "accuracy": self.dense_score() or 0.0}
         return plots.accuracy_cost_scatter(records, dense, tolerance=self.settings.tolerance, title=self.settings.model)
-
-    def _row(self, name: str, params: int, flops: int, score: float | None) -> dict[str, Any]:
-        factors, times = self.factorize(), self.deploy()
-        return {
-            "network": name,
-            "parameters": params,
-            "parameters saved": 1 - params / factors.dense_params,
-            "FLOPs": flops,
-            "FLOPs saved": 1 - flops / factors.dense_flops,
-            self.score_name: score,
-            "ms per batch": 1e3 * times.seconds[name],
-            "speed-up": times.speedup(name),
-        }
 
     @property
     def score_name(self) -> str:
@@ -332,53 +307,6 @@ class NetworkRun(Run):
         shapes = [list(leaf.shape[1:]) for leaf in tree_leaves(self.draw_calibration())]
         head = {"model": self.settings.model, "dataset": "own", "input_shapes": shapes, "scored_on": self.score_name}
         return {**head, "metric": "evaluate"} if self.task.evaluate is not None else head
-
-
-@dataclass(frozen=True)
-class Small:
-    """A compressed network to take home.
-
-    Attributes:
-        model: in eval mode, trainable further, saved and loaded as it is.
-        deployed: the same folded and in its fastest execution plans; what the run's speed was measured on.
-        record: its ranks, costs and scores.
-    """
-
-    model: nn.Module
-    deployed: Deployed
-    record: Record
-    dense: nn.Module = field(repr=False)
-    example: Inputs = field(repr=False)
-    details: dict[str, Any] = field(repr=False)
-
-    def save(self, path: str | Path) -> Path:
-        """One safetensors file; `load_compressed(path, model=...)` loads it, model being what makes the dense one."""
-        metadata = {**self.details, "accuracy": self.record["accuracy"], "trial": self.record["trial"]}
-        save_compressed(self.model, path, dense=self.dense, config=self.record["config"], metadata=metadata)
-        return Path(path)
-
-    def export_onnx(self, path: str | Path) -> Path:
-        """The deployed network as ONNX, with a dynamic batch axis, checked against torch."""
-        export_onnx(self.deployed, self.example, path, metadata=self.details)
-        return Path(path)
-
-    def export_program(self, path: str | Path) -> Path:
-        """The deployed network as a `torch.export` program (.pt2), which torch alone loads."""
-        export_program(self.deployed, self.example, path)
-        return Path(path)
-
-    def deploy(self, batch: Inputs, **options: Any) -> Deployed:
-        """Deployed anew for another batch size, device or runtime; see `common.deploy.deploy`."""
-        return deploy(self.model, batch, **options)
-
-    @property
-    def params(self) -> int:
-        return count_params(self.model)
-
-    @property
-    def flops(self) -> int:
-        """Multiply-accumulates of convolutions and linear layers for one sample."""
-        return count_flops(self.model, first(like_model(self.example, self.model), 1))
 
 
 def top1(model: nn.Module, data: Any) -> float | None:

@@ -9,8 +9,8 @@ from pydantic import Field
 
 from .checked import check_fields, from_text
 from .finetune import UNNORMALISED, TrainSettings, recipe
+from .knobs import SearchKnobs
 from .models import canonical_name, check_image_size
-from .run import SearchKnobs
 
 PRESETS = ("quick", "cpu", "full")
 """quick: scikit-learn's digits, minutes on a laptop · cpu: MNIST, about an hour on two cores ·

@@ -12,28 +12,23 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import wraps
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .compress import ModelFactors, factorize
-from .compress.selection import LAYER_SETS
 from .cost import count_flops, count_params, measure_latency
 from .deploy import Deployed, deploy
-from .deploy.runtimes import RUNTIMES
 from .files import exclusive, write_text
 from .inputs import Inputs, first, length
 from .provenance import provenance
 from .ranks import CostMeasure, Menus, build_menus, meet_budget, time_menus
 from .reports import RunLog
 from .search import (
-    SAMPLERS,
     CandidateFailed,
     Finalist,
     Record,
@@ -52,10 +47,6 @@ from .search import (
 
 Result = TypeVar("Result")
 
-COSTS = ("flops", "params", "mix", "latency")
-SENSITIVITIES = ("blended", "measured", "proxy")
-DEVICES = r"^(auto|cpu|mps|cuda(:\d+)?)$"
-
 MOST_SENSITIVITY_IMAGES = 256
 """Measured sensitivities are averaged over a quarter of the calibration images, but no more than these; there is one
 pass per measured menu entry."""
@@ -72,65 +63,6 @@ MAY_CHANGE = (
     "device",
 )
 """Knobs that a run may be continued with another value of: the candidates that it has stay what they are."""
-
-
-def one_of(names: Iterable[str]) -> str:
-    return f"one of {', '.join(names)}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchKnobs:
-    """The knobs of a search, whatever is searched.
-
-    Attributes:
-        layers: which layers are factorised; one of LAYER_SETS.
-        budgets: shares of the dense cost that candidates may keep.
-        cost: what the budgets are shares of: flops, params, the mean of the two (mix), or latency (measured, in the
-            runtime of the run).
-        candidates: screened per budget.
-        sampler: policy, tpe, random or nsga2.
-        sensitivity: blended, measured or proxy; see `common.search.sensitivity`.
-        calibration_images: training images for moments, batch norm and biases.
-        screen_images: validation images that a candidate is screened on.
-        promote: candidates fine-tuned per budget, before halving.
-        tolerance: accuracy that an accepted candidate may lose.
-        latency_batch: images per batch when speed is measured.
-        runtime: torch or onnxruntime; what both sides are deployed to.
-        device: auto, cpu, cuda.
-        seed: of everything random in the search and the fine-tuning.
-        folder: where the log and the state of the run go.
-    """
-
-    layers: Annotated[Literal[LAYER_SETS], Field(description=one_of(LAYER_SETS))] = "all"
-    budgets: Annotated[
-        tuple[Annotated[float, Field(gt=0, le=1)], ...],
-        Field(min_length=1, description="shares of the dense cost, at least one, each above 0 and at most 1"),
-    ] = (0.30, 0.15, 0.08)
-    cost: Annotated[Literal[COSTS], Field(description=one_of(COSTS))] = "flops"
-    candidates: Annotated[int, Field(ge=1, le=100_000, description="a number per budget, at least 1")] = 34
-    sampler: Annotated[Literal[SAMPLERS], Field(description=one_of(SAMPLERS))] = "policy"
-    sensitivity: Annotated[Literal[SENSITIVITIES], Field(description=one_of(SENSITIVITIES))] = "blended"
-    calibration_images: Annotated[int, Field(ge=1, description="a number of images, at least 1")] = 2000
-    screen_images: Annotated[int, Field(ge=1, description="a number of images, at least 1")] = 2000
-    promote: Annotated[int, Field(ge=1, description="a number per budget, at least 1")] = 2
-    tolerance: Annotated[float, Field(ge=0, lt=1, description="a share of accuracy in [0, 1)")] = 0.02
-    latency_batch: Annotated[int, Field(ge=1, le=65_536, description="a number of images, at least 1")] = 16
-    runtime: Annotated[Literal[RUNTIMES], Field(description=one_of(RUNTIMES))] = "onnxruntime"
-    device: Annotated[str, Field(pattern=DEVICES, description="auto, cpu, mps, cuda or cuda:N")] = "auto"
-    seed: Annotated[int, Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")] = 0
-    folder: str = "logs"
-
-    @property
-    def log_path(self) -> Path:
-        return Path(self.folder) / f"{self.name}.log"
-
-    @property
-    def state_folder(self) -> Path:
-        return Path(self.folder) / self.name
-
-    def rows(self) -> list[tuple[str, Any]]:
-        """(knob, value) pairs, for display."""
-        return [(field.name, getattr(self, field.name)) for field in fields(self)]
 
 
 @dataclass(frozen=True)
@@ -339,6 +271,36 @@ class Run(ABC):
         if not accepted:
             raise ValueError(f"no finalist kept its accuracy within {self.settings.tolerance}: raise a budget")
         return min(accepted, key=lambda one: one.record["flops"])
+
+    @property
+    def score_name(self) -> str:
+        """What the finalists are scored by, as a table's column."""
+        return "test accuracy"
+
+    def summary(self) -> list[dict[str, Any]]:
+        """One row per finalist, the dense network first: what it costs, what it is worth, how fast it runs."""
+        factors, deployed = self.factorize(), self.deploy()
+
+        def row(name: str, params: int, flops: int, score: float | None) -> dict[str, Any]:
+            return {
+                "network": name,
+                "parameters": params,
+                "parameters saved": 1 - params / factors.dense_params,
+                "FLOPs": flops,
+                "FLOPs saved": 1 - flops / factors.dense_flops,
+                self.score_name: score,
+                "ms per batch": 1e3 * deployed.seconds[name],
+                "speed-up": deployed.speedup(name),
+            }
+
+        rows = [row("dense", factors.dense_params, factors.dense_flops, self.dense_score())]
+        for finalist in self.finetune():
+            record = finalist.record
+            if finalist.path is None:
+                rows.append({"network": record["trial"], "failed": record["reason"]})
+            else:
+                rows.append(row(record["trial"], record["params"], record["flops"], record["accuracy"]))
+        return rows
 
     def _timed(self, finalist: Finalist, seconds: dict[str, float]) -> Record:
         record = {**finalist.record, "baseline_inference_time": seconds["dense"]}

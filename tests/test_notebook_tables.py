@@ -10,6 +10,7 @@ from common import notebook
 from common.configuration import Configuration
 from common.cost import count_flops, count_params
 from common.ranks import uniform
+from common.run import Run
 from common.search import Policy, Screening
 
 
@@ -40,13 +41,14 @@ def finished(factors):
     return SimpleNamespace(
         factorize=lambda: factors,
         deploy=lambda: deployed,
-        prepare_baseline=lambda: SimpleNamespace(test_accuracy=0.9),
+        dense_score=lambda: 0.9,
+        score_name="test accuracy",
         finetune=lambda: [SimpleNamespace(record=done, path="x"), SimpleNamespace(record=failed, path=None)],
     )
 
 
 def test_the_summary_says_what_was_saved_and_not_what_was_kept(finished, factors):
-    dense, done, failed = notebook.summary(finished)
+    dense, done, failed = Run.summary(finished)
     assert dense["parameters saved"] == dense["FLOPs saved"] == 0
     model = factors.compress(uniform(factors, 0.4))
     assert done["parameters saved"] == pytest.approx(1 - count_params(model) / factors.dense_params)

@@ -3,7 +3,8 @@
 from .factors import KernelFactors, MatrixFactors
 from .htucker import DimensionTree, HTucker, hsvd
 from .layers import Geometry, HTLayer
-from .network import ModelFactors, factorize
+from .model_factors import ModelFactors
+from .network import factorize
 from .recalibration import calibrated_outputs, recalibrate
 from .selection import choose_layers
 from .trace import trace_layers

@@ -17,7 +17,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..compress.selection import output_tensors, outputs_differ
+from ..compress.proof import output_tensors, outputs_differ
 from ..cost import latency_samples, measure_latency
 from ..inputs import Inputs, length, like_model, run
 from ..modules import copy_with, evaluating, unwrapped

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..compress.selection import output_tensors
+from ..compress.proof import output_tensors
 
 KINDS = ("kl", "relative")
 

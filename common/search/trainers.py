@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..compress import HTLayer
-from ..compress.selection import output_tensors
+from ..compress.proof import output_tensors
 from ..configuration import Configuration
 from ..finetune import EpochRecord, TrainingDiverged, TrainSettings, TrainState, autocast, distillation, make_optimizer
 from ..inputs import channels_last, like_model, pairs_of, run

@@ -1,0 +1,77 @@
+"""The knobs that every search has, whatever is searched: types and ranges said once, checked at the door."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from .compress.selection import LAYER_SETS
+from .deploy.runtimes import RUNTIMES
+from .search import SAMPLERS
+
+COSTS = ("flops", "params", "mix", "latency")
+SENSITIVITIES = ("blended", "measured", "proxy")
+DEVICES = r"^(auto|cpu|mps|cuda(:\d+)?)$"
+
+
+def one_of(names: Iterable[str]) -> str:
+    return f"one of {', '.join(names)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchKnobs:
+    """The knobs of a search, whatever is searched.
+
+    Attributes:
+        layers: which layers are factorised; one of LAYER_SETS.
+        budgets: shares of the dense cost that candidates may keep.
+        cost: what the budgets are shares of: flops, params, the mean of the two (mix), or latency (measured, in the
+            runtime of the run).
+        candidates: screened per budget.
+        sampler: policy, tpe, random or nsga2.
+        sensitivity: blended, measured or proxy; see `common.search.sensitivity`.
+        calibration_images: training images for moments, batch norm and biases.
+        screen_images: validation images that a candidate is screened on.
+        promote: candidates fine-tuned per budget, before halving.
+        tolerance: accuracy that an accepted candidate may lose.
+        latency_batch: images per batch when speed is measured.
+        runtime: torch or onnxruntime; what both sides are deployed to.
+        device: auto, cpu, cuda.
+        seed: of everything random in the search and the fine-tuning.
+        folder: where the log and the state of the run go.
+    """
+
+    layers: Annotated[Literal[LAYER_SETS], Field(description=one_of(LAYER_SETS))] = "all"
+    budgets: Annotated[
+        tuple[Annotated[float, Field(gt=0, le=1)], ...],
+        Field(min_length=1, description="shares of the dense cost, at least one, each above 0 and at most 1"),
+    ] = (0.30, 0.15, 0.08)
+    cost: Annotated[Literal[COSTS], Field(description=one_of(COSTS))] = "flops"
+    candidates: Annotated[int, Field(ge=1, le=100_000, description="a number per budget, at least 1")] = 34
+    sampler: Annotated[Literal[SAMPLERS], Field(description=one_of(SAMPLERS))] = "policy"
+    sensitivity: Annotated[Literal[SENSITIVITIES], Field(description=one_of(SENSITIVITIES))] = "blended"
+    calibration_images: Annotated[int, Field(ge=1, description="a number of images, at least 1")] = 2000
+    screen_images: Annotated[int, Field(ge=1, description="a number of images, at least 1")] = 2000
+    promote: Annotated[int, Field(ge=1, description="a number per budget, at least 1")] = 2
+    tolerance: Annotated[float, Field(ge=0, lt=1, description="a share of accuracy in [0, 1)")] = 0.02
+    latency_batch: Annotated[int, Field(ge=1, le=65_536, description="a number of images, at least 1")] = 16
+    runtime: Annotated[Literal[RUNTIMES], Field(description=one_of(RUNTIMES))] = "onnxruntime"
+    device: Annotated[str, Field(pattern=DEVICES, description="auto, cpu, mps, cuda or cuda:N")] = "auto"
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")] = 0
+    folder: str = "logs"
+
+    @property
+    def log_path(self) -> Path:
+        return Path(self.folder) / f"{self.name}.log"
+
+    @property
+    def state_folder(self) -> Path:
+        return Path(self.folder) / self.name
+
+    def rows(self) -> list[tuple[str, Any]]:
+        """(knob, value) pairs, for display."""
+        return [(field.name, getattr(self, field.name)) for field in fields(self)]
