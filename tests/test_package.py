@@ -1,5 +1,6 @@
 """The wheel: built, installed elsewhere, and used from another folder, where nothing is called `common`."""
 
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -35,7 +36,11 @@ def installed(tmp_path_factory):
     """A folder with the wheel's packages; what they need comes from this environment."""
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(ROOT)]
+    source = folder / "source"  # a copy: building leaves folders beside what it builds
+    shutil.copytree(ROOT / "common", source / "common", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(source)]
     subprocess.run(build, check=True, capture_output=True, cwd=folder)
     (wheel,) = folder.glob("*.whl")
     target = folder / "site"
