@@ -32,7 +32,9 @@ from .search import (
     BatchTrainer,
     CallbackTrainer,
     Finalist,
+    MenuCosts,
     Screener,
+    Search,
     accuracy,
     finetune_with,
     kind_for,
@@ -246,6 +248,25 @@ class NetworkRun(Run):
         if unknown := set(self.settings.leave_dense) - set(chosen) - set(skipped):
             raise ValueError(f"leave_dense names {min(unknown)!r}, which is no layer; there are {', '.join(chosen)}")
         return [name for name in chosen if name not in self.settings.leave_dense]
+
+    @step
+    def solve_policies(self) -> Search:
+        """The search, with its policies solved; of a speed-up's two aims those that the smallest ranks can reach.
+
+        Raises:
+            ValueError: none can be reached.
+        """
+        if self.settings.speedup is not None:
+            menus, cost = self.price_menus()
+            least = MenuCosts.of(self.factorize(), menus, cost).least
+            within_reach = tuple(budget for budget in self.settings.budgets if budget >= least)
+            if not within_reach:
+                raise ValueError(
+                    f"a speed-up of {self.settings.speedup:g} cannot be reached: with every layer's smallest ranks the "
+                    f"network still takes {least:.2f} of its time, a speed-up of {1 / least:.2f}"
+                )
+            self.settings = replace(self.settings, budgets=within_reach)
+        return super().solve_policies()
 
     @step
     def make_screener(self) -> Screener:

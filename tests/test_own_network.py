@@ -258,3 +258,14 @@ def test_a_speedup_is_a_target(trained, loaders, tmp_path, monkeypatch):
     assert run.settings.budgets == pytest.approx((0.95 / 1.3, 0.8 / 1.3))
     assert all(record["flops"] <= 0.95 / 1.3 * run.factorize().dense_flops for record in run.screen())
     assert run.best().record["status"] == "fine-tuned"
+
+
+def test_a_speedup_out_of_reach_is_refused_by_what_can_be_reached(trained, loaders, tmp_path, monkeypatch):
+    def hardly_faster(factors, menus, *_, **__):
+        return MenuTimes(
+            1.0, {name: [0.45 + 0.01 * place for place in range(len(menu))] for name, menu in menus.items()}
+        )
+
+    monkeypatch.setattr("common.run.time_menus", hardly_faster)
+    with pytest.raises(ValueError, match=r"a speed-up of 3 cannot be reached: .* a speed-up of 1\.1"):
+        compress_network(trained, *loaders, speedup=3, folder=tmp_path, epochs=0, **QUICK)
