@@ -8,7 +8,8 @@ small.save("small.safetensors")
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -156,6 +157,7 @@ def compress_network(
     )
     task = Task(dense, train, val, test, evaluate, finetune, loss, details or {})
     found = NetworkRun(settings, task, progress=progress)
+    found.dense_score()  # first of all: a measure that does not work shows now, and not after the search
     found.deploy()
     return found
 
@@ -238,7 +240,9 @@ class NetworkRun(Run):
     @step
     def draw_calibration(self) -> Inputs:
         """The first samples of the training data, on the model's device."""
-        return like_model(sample(self.task.train, self.settings.calibration_images, "train"), self.task.model)
+        with seeded(self.settings.seed):
+            drawn = sample(self.task.train, self.settings.calibration_images, "train")
+        return like_model(drawn, self.task.model)
 
     def chosen_layers(self) -> str | list[str]:
         if not self.settings.leave_dense:
@@ -273,7 +277,9 @@ class NetworkRun(Run):
         """What compresses a configuration and says what it is worth."""
         limit = self.settings.screen_images
         score = self.task.evaluate
-        return Screener(self.factorize(), self.draw_calibration(), self.task.val, limit=limit, score=score)
+        factors, calibration = self.factorize(), self.draw_calibration()
+        with seeded(self.settings.seed):
+            return Screener(factors, calibration, self.task.val, limit=limit, score=score)
 
     @step
     def dense_score(self) -> float | None:
@@ -283,7 +289,11 @@ class NetworkRun(Run):
     def _score(self, model: nn.Module) -> float | None:
         if self.task.evaluate is not None:
             with evaluating(model):
-                return float(self.task.evaluate(model))
+                found = self.task.evaluate(model)
+            try:
+                return float(found)
+            except (TypeError, ValueError, RuntimeError):
+                raise ValueError(f"evaluate must return a number, higher is better; got {found!r}") from None
         return top1(model, self.task.val if self.task.test is None else self.task.test)
 
     @step
@@ -294,7 +304,7 @@ class NetworkRun(Run):
 
         def validate(model: nn.Module) -> float:
             if self.task.evaluate is not None:
-                return float(self.task.evaluate(model))
+                return self._score(model)
             found = top1(model, self.task.val)
             return -screener.distance(model) if found is None else found
 
@@ -328,6 +338,14 @@ class NetworkRun(Run):
         shapes = [list(leaf.shape[1:]) for leaf in tree_leaves(self.draw_calibration())]
         head = {"model": self.settings.model, "dataset": "own", "input_shapes": shapes, "scored_on": self.score_name}
         return {**head, "metric": "evaluate"} if self.task.evaluate is not None else head
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, a DataLoader that shuffles by torch's global generator does so by this seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def top1(model: nn.Module, data: Any) -> float | None:

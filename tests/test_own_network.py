@@ -269,3 +269,37 @@ def test_a_speedup_out_of_reach_is_refused_by_what_can_be_reached(trained, loade
     monkeypatch.setattr("common.run.time_menus", hardly_faster)
     with pytest.raises(ValueError, match=r"a speed-up of 3 cannot be reached: .* a speed-up of 1\.1"):
         compress_network(trained, *loaders, speedup=3, folder=tmp_path, epochs=0, **QUICK)
+
+
+def test_a_measure_that_does_not_work_shows_before_the_search(trained, loaders, tmp_path):
+    with pytest.raises(ValueError, match="evaluate must return a number, higher is better; got 'good'"):
+        compress_network(trained, *loaders, folder=tmp_path / "x", evaluate=lambda model: "good", **QUICK)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_training_loop_that_ends_in_nan_is_a_failed_record(halves, tmp_path):
+    model, batches = halves
+
+    def spoil(network, teacher, epochs):
+        with torch.no_grad():
+            next(network.parameters()).fill_(float("nan"))
+
+    def evaluate(network):
+        with torch.no_grad():
+            return float(network(**batches[0][0])["picture"].mean())
+
+    knobs = {"budgets": (0.6,), "evaluate": evaluate, "finetune": spoil, **QUICK}
+    run = compress_network(model, batches, batches, folder=tmp_path, **knobs)
+    (failed,) = run.finetune()
+    assert failed.record["status"] == "failed"
+    assert "nan" in failed.record["reason"]
+    assert "nan" in run.table()["failed"].iloc[1]
+
+
+def test_a_shuffled_loader_gives_the_same_run_again(trained, loaders, tmp_path):
+    shuffled = DataLoader(loaders[0].dataset, batch_size=32, shuffle=True)
+    found = []
+    for name in "ab":
+        run = compress_network(trained, shuffled, loaders[1], folder=tmp_path / name, budgets=(0.6,), epochs=1, **QUICK)
+        found.append([(r["config"], r["divergence"]) for r in run.screen()] + [run.finetune()[0].record["accuracy"]])
+    assert found[0] == found[1]

@@ -7,6 +7,7 @@ Talwalkar, 2016). Every epoch and every result is on disk before the next one st
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -151,6 +152,8 @@ def finetune_with(
                 run = _Run(record, screener, trainer, standard, folder)
                 try:
                     scores[trial] = run.until(epoch)
+                    if not math.isfinite(scores[trial]):
+                        raise TrainingDiverged(f"the validation score became {scores.pop(trial)} in epoch {epoch}")
                 except (TrainingDiverged, RuntimeError, MemoryError) as failure:
                     reason = str(failure) if isinstance(failure, TrainingDiverged) else out_of_memory(failure)
                     if reason is None:
