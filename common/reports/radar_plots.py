@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.projections.polar import PolarAxes
 
 from .method_plots import MARKERS
@@ -126,7 +127,9 @@ def _draw_radar(axes: PolarAxes, model: ModelResult, published: Mapping[str, Mod
         axes.plot(closed, _spoke_values(one), label=label, linewidth=1.5, markersize=4, clip_on=False, **style)
     axes.fill(closed, _spoke_values(model), color="C0", alpha=0.08)
     for angle, value, text in zip(angles, _spoke_values(model), _said(model), strict=False):
-        inside = {"textcoords": "offset points", "fontsize": 8, "color": "C0", "va": "center"}
+        # The white rim keeps a minus sign legible on the polygon's line.
+        rim = [withStroke(linewidth=2.5, foreground="white")]
+        inside = {"textcoords": "offset points", "fontsize": 8, "color": "C0", "va": "center", "path_effects": rim}
         shift = {0: (5, -9), 1: (-2, 9), 2: (5, 9), 3: (2, 9)}[round(angle / (np.pi / 2))]
         align = {0: "left", 1: "right", 2: "left", 3: "left"}[round(angle / (np.pi / 2))]
         axes.annotate(text, (angle, value), xytext=shift, ha=align, **inside)
