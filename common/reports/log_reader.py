@@ -32,6 +32,8 @@ from .schema import Baseline, ScoredBaseline, problem, record_problem
 SCHEMA = "htd-run"
 VERSION = 1
 _FAILURE = re.compile(r"Error processing config: (?P<config>\{.*?\})\. Error: (?P<reason>.*)")
+# What a run killed while it wrote its first line leaves: a date and time, perhaps the process and level after it.
+_FIRST_LINE_CUT = re.compile(r"\d{1,4}(-[\d \-:,]*( - [^\n]*)?)?")
 # A log is about one network on one data set; an item that changes in the middle means two runs share a file.
 _FIXED_ITEMS = ("model", "dataset", "image_size")
 
@@ -87,7 +89,7 @@ def read_log(path: str | os.PathLike) -> ParsedLog:
     for number, line in _lines(text):
         reader.take(number, line)
     parsed = reader.finish()
-    if text.strip() and not reader.events:
+    if text.strip() and not reader.events and not _FIRST_LINE_CUT.fullmatch(text.strip()):
         raise ValueError(f"{path} is no log: it has text, but no line of the form 'time - process - LEVEL - message'")
     return parsed
 
