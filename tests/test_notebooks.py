@@ -16,7 +16,7 @@ SMALL = {
     "TRAIN_LIMIT": 96,
     "BASELINE_EPOCHS": 1,
     "CANDIDATES": 2,
-    "BUDGETS": [0.3],
+    "BUDGETS": [0.7],  # AlexNet's classifier, left dense here, is 58 % of its FLOPs at this size
     "CALIBRATION_IMAGES": 48,
     "SCREEN_IMAGES": 32,
     "SENSITIVITY": "proxy",
