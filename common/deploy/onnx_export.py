@@ -55,20 +55,16 @@ def export_onnx(
     Raises:
         ValueError: the model cannot be exported, or does not give the same outputs there.
     """
-    model = unwrapped(model if isinstance(model, nn.Module) else getattr(model, "model", model))
-    inputs = tree_map(lambda tensor: tensor.detach().cpu(), inputs_of_one(example))
-    with evaluating(model), atomic_path(path) as temporary, torch.no_grad():
-        on_cpu = model if _on_cpu(model) else copy_with(model, {}).cpu()
+    with _export_of(model, example, path) as (on_cpu, inputs, temporary):
         # A batch of 1 would be taken for a constant.
         _export(on_cpu, resized(inputs, 2), temporary, metadata)
         session = onnx_session(temporary, structure=output_structure(on_cpu, inputs))
-        for batch in (1, max(3, length(inputs))):
-            given = resized(inputs, batch)
+        for batch, given in _two_batches(inputs):
             try:
                 found = session(given)
             except ValueError as error:
                 raise ValueError(
-                    f"{type(model).__name__} cannot be exported for any batch size, at batch {batch} the file fails: "
+                    f"{type(on_cpu).__name__} cannot be exported for any batch size, at batch {batch} the file fails: "
                     f"{error}"
                 ) from error
             _check_outputs(run(on_cpu, given), found, batch)
@@ -84,10 +80,7 @@ def export_program(model: nn.Module | Any, example: Inputs, path: str | Path) ->
     Raises:
         ValueError: the model cannot be exported, or does not give the same outputs there.
     """
-    model = unwrapped(model if isinstance(model, nn.Module) else getattr(model, "model", model))
-    inputs = tree_map(lambda tensor: tensor.detach().cpu(), inputs_of_one(example))
-    with evaluating(model), atomic_path(path) as temporary, torch.no_grad():
-        on_cpu = model if _on_cpu(model) else copy_with(model, {}).cpu()
+    with _export_of(model, example, path) as (on_cpu, inputs, temporary):
         arguments, _ = _arguments(resized(inputs, 2))
         try:
             with _quiet():
@@ -96,11 +89,25 @@ def export_program(model: nn.Module | Any, example: Inputs, path: str | Path) ->
                 loaded = torch.export.load(temporary).module()
         except Exception as error:  # the exporter raises what it likes
             raise ValueError(
-                f"{type(model).__name__} cannot be exported by torch.export: {first_line(error)}"
+                f"{type(on_cpu).__name__} cannot be exported by torch.export: {first_line(error)}"
             ) from error
-        for batch in (1, max(3, length(inputs))):
-            given = resized(inputs, batch)
+        for batch, given in _two_batches(inputs):
             _check_outputs(run(on_cpu, given), run(loaded, given), batch)
+
+
+@contextlib.contextmanager
+def _export_of(model: nn.Module | Any, example: Inputs, path: str | Path) -> Iterator[tuple[nn.Module, Inputs, Path]]:
+    """The model without wrappers, evaluating, and its inputs, both on the CPU; and the temporary file of `path`."""
+    model = unwrapped(model if isinstance(model, nn.Module) else getattr(model, "model", model))
+    inputs = tree_map(lambda tensor: tensor.detach().cpu(), inputs_of_one(example))
+    with evaluating(model), atomic_path(path) as temporary, torch.no_grad():
+        yield model if _on_cpu(model) else copy_with(model, {}).cpu(), inputs, temporary
+
+
+def _two_batches(inputs: Inputs) -> Iterator[tuple[int, Inputs]]:
+    """Two batch sizes that an export must give the model's outputs at, each with inputs of this size."""
+    for batch in (1, max(3, length(inputs))):
+        yield batch, resized(inputs, batch)
 
 
 def inputs_of_one(example: Inputs) -> Inputs:
