@@ -7,12 +7,15 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from .inputs import Inputs
+
+ModuleOrTensor = TypeVar("ModuleOrTensor", nn.Module, torch.Tensor)
 
 MOST_IMAGES, MOST_PIXELS = 512, 2**21
 """What a batch holds at most: the first maps of VGG16 at 224 px take 13 million bytes an image."""
@@ -75,6 +78,20 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model._orig_mod
         else:
             return model
+
+
+def laid_out(value: ModuleOrTensor, channels_last: bool) -> ModuleOrTensor:
+    """A tensor, or a module whose parameters and buffers are changed, with its maps' channels last, or as torch does.
+
+    Maps of two and of three axes are laid out; tensors of other orders have no such layout.
+    """
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+    def convert(tensor: torch.Tensor) -> torch.Tensor:
+        layout = last.get(tensor.ndim) if channels_last else None
+        return tensor.contiguous(memory_format=layout or torch.contiguous_format)
+
+    return value._apply(convert) if isinstance(value, nn.Module) else convert(value)
 
 
 def copy_with(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Module:

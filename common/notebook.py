@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .compress import KernelFactors, MatrixFactors, ModelFactors
+from .compress import Factors, ModelFactors
 from .configuration import KernelRanks, MatrixRanks
 from .experiment import Experiment
 from .presets import RunSettings
@@ -76,19 +76,19 @@ def error_curves(factors: Mapping[str, ModelFactors], layer: str) -> dict[str, t
     return curves
 
 
-def _largest_common_rank(layer: KernelFactors | MatrixFactors) -> int:
+def _largest_common_rank(layer: Factors) -> int:
     full = layer.full_ranks
     return full.rank if isinstance(full, MatrixRanks) else min(full.rank_in, full.rank_out)
 
 
-def _same(layer: KernelFactors | MatrixFactors, rank: int) -> KernelRanks | MatrixRanks:
-    return MatrixRanks(rank) if isinstance(layer, MatrixFactors) else KernelRanks(rank, rank, rank)
+def _same(layer: Factors, rank: int) -> KernelRanks | MatrixRanks:
+    return MatrixRanks(rank) if layer.is_matrix else KernelRanks(rank, rank, rank)
 
 
 def spectra(factors: ModelFactors, layer: str) -> dict[str, list[float]]:
     """Edge of the layer's dimension tree -> singular values of its matricization, in falling order."""
     one = factors.layers[layer]
-    edges = {"edge": "mid"} if isinstance(one, MatrixFactors) else {"(in)": "in", "(in, kh)": "mid", "(out)": "out"}
+    edges = {"edge": "mid"} if one.is_matrix else {"(in)": "in", "(in, kh)": "mid", "(out)": "out"}
     found = {label: one.edge_energies(edge).sqrt().tolist() for label, edge in edges.items()}
     return {label: [value for value in values if value > 0] for label, values in found.items()}
 

@@ -1,17 +1,23 @@
 """The method: a network factorised once, compressed for any rank configuration."""
 
 from .factors import KernelFactors, MatrixFactors
+from .geometry import CONVOLUTIONS, TRANSPOSED, Geometry, scale_outputs
+from .grouped import GroupedFactors
 from .htucker import DimensionTree, HTucker, hsvd
-from .layers import Geometry, HTLayer
-from .model_factors import ModelFactors
+from .layers import HTLayer
+from .model_factors import Factors, ModelFactors
 from .network import factorize
 from .recalibration import calibrated_outputs, recalibrate
 from .selection import choose_layers
 from .trace import trace_layers
 
 __all__ = [
+    "CONVOLUTIONS",
+    "TRANSPOSED",
     "DimensionTree",
+    "Factors",
     "Geometry",
+    "GroupedFactors",
     "HTLayer",
     "HTucker",
     "KernelFactors",
@@ -22,5 +28,6 @@ __all__ = [
     "factorize",
     "hsvd",
     "recalibrate",
+    "scale_outputs",
     "trace_layers",
 ]

@@ -8,12 +8,17 @@ back. The output leaf holds the eigenvectors of the measured covariance of the o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .factors import DOUBLE_PRECISION_UP_TO, KernelFactors, MatrixFactors, falling_eigenbasis, gram_matrix
+from .geometry import Convolution, Geometry
+from .grouped import GroupedFactors
 from .htucker import matricize, mode_product
-from .layers import Geometry
 from .moments import LayerMoments
 from .trace import LayerTrace
 
@@ -28,13 +33,55 @@ BASES = ("weight", "input", "both")
 """What the bases are made from: the weights alone, the input's second moment, or that and the output's covariance."""
 
 
-def factorize_kernel(
-    name: str, layer: nn.Conv2d | nn.Linear, trace: LayerTrace, moments: LayerMoments | None, bases: str
+def factorize_layer(
+    name: str,
+    layer: Convolution | nn.Linear,
+    trace: LayerTrace,
+    moments: LayerMoments | None,
+    bases: str,
+    *,
+    is_kernel: bool,
+) -> KernelFactors | MatrixFactors | GroupedFactors:
+    """Factorise one layer: as a kernel with a window, or as a matrix; a grouped one group by group.
+
+    moments: None for bases from the weights alone; bases: one of BASES.
+    """
+    geometry = Geometry.of(layer, trace.unflatten)
+    weight, bias = _weight(layer, geometry), layer.bias
+    described = {
+        "name": name,
+        "trace": trace,
+        "dtype": layer.weight.dtype,
+        "geometry": geometry,
+        "bias": None if bias is None else bias.detach().clone(),
+        "output_mean": None if moments is None else moments.output_mean.to(weight),
+        "output_std": None if moments is None else moments.output_covariance.diagonal().clamp_min(0).sqrt().to(weight),
+    }
+    make = _factorize_kernel if is_kernel else _factorize_matrix
+    if geometry.groups == 1:
+        return make(weight, moments, bases, described)
+    alone = {**described, "geometry": replace(geometry, groups=1), "bias": None}
+    alone |= {"output_mean": None, "output_std": None}
+    of_groups = moments.split(geometry.groups) if moments else [None] * geometry.groups
+    parts = [make(w, m, bases, alone) for w, m in zip(weight.chunk(geometry.groups), of_groups, strict=True)]
+    return GroupedFactors(parts=tuple(parts), shape=parts[0].shape, **described)
+
+
+def _weight(layer: Convolution | nn.Linear, geometry: Geometry) -> Tensor:
+    """The layer's weight ``(C_out, C_in of a group, rows, columns)``, detached, in float32 or wider: eigenvectors and
+    sums in 16 bits are worth nothing."""
+    weight = layer.weight.detach().to(torch.promote_types(layer.weight.dtype, torch.float32))
+    if geometry.unflatten is not None:
+        return weight.reshape(len(weight), *geometry.unflatten)
+    if geometry.linear:
+        return weight[:, :, None, None]
+    return geometry.kernel_form(weight, transposed=geometry.transposed)
+
+
+def _factorize_kernel(
+    weight: Tensor, moments: LayerMoments | None, bases: str, described: Mapping[str, Any]
 ) -> KernelFactors:
-    """Factorise a layer whose weight is a kernel ``W: (C_out, C_in, k_h, k_w)``; see :class:`KernelFactors`."""
-    weight = _wide(layer.weight)
-    if trace.unflatten is not None:
-        weight = weight.reshape(len(weight), *trace.unflatten)
+    """Factorise a kernel ``W: (C_out, C_in, k_h, k_w)``; see :class:`KernelFactors`."""
     precise = weight.double() if weight.shape[0] <= DOUBLE_PRECISION_UP_TO else weight
     if moments and bases != "weight":
         floors = (WHITENING_FLOOR, WINDOW_FLOOR, WINDOW_FLOOR)
@@ -62,15 +109,15 @@ def factorize_kernel(
         unwhiten_col=unwhiten_col.to(weight),
         expand=(basis_out / gain).to(weight),
         shape=tuple(weight.shape),
-        **_described(name, layer, trace, moments),
+        **described,
     )
 
 
-def factorize_matrix(
-    name: str, layer: nn.Conv2d | nn.Linear, trace: LayerTrace, moments: LayerMoments | None, bases: str
+def _factorize_matrix(
+    weight: Tensor, moments: LayerMoments | None, bases: str, described: Mapping[str, Any]
 ) -> MatrixFactors:
-    """Factorise a layer whose weight is a matrix ``W: (C_out, C_in)``; see :class:`MatrixFactors`."""
-    weight = _wide(layer.weight).flatten(1)
+    """Factorise a matrix ``W: (C_out, C_in, 1, 1)``; see :class:`MatrixFactors`."""
+    weight = weight.flatten(1)
     precise = weight.double() if max(weight.shape) <= DOUBLE_PRECISION_UP_TO else weight
     energies, basis = _output_basis(precise, moments.output_covariance if moments and bases != "weight" else None)
     basis = basis.to(precise)
@@ -79,26 +126,8 @@ def factorize_matrix(
         expand=basis.to(weight),
         energies=energies.clamp_min(0),
         shape=tuple(weight.shape),
-        **_described(name, layer, trace, moments),
+        **described,
     )
-
-
-def _described(name: str, layer: nn.Module, trace: LayerTrace, moments: LayerMoments | None) -> dict:
-    weight, bias = _wide(layer.weight), layer.bias
-    return {
-        "name": name,
-        "bias": None if bias is None else bias.detach().clone(),
-        "geometry": Geometry.of(layer, trace.unflatten),
-        "trace": trace,
-        "dtype": layer.weight.dtype,
-        "output_mean": None if moments is None else moments.output_mean.to(weight),
-        "output_std": None if moments is None else moments.output_covariance.diagonal().clamp_min(0).sqrt().to(weight),
-    }
-
-
-def _wide(weight: Tensor) -> Tensor:
-    """The weight, detached, in float32 or wider: eigenvectors and sums in 16 bits are worth nothing."""
-    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def _output_basis(weight: Tensor, covariance: Tensor | None) -> tuple[Tensor, Tensor]:

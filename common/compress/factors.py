@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..configuration import KernelRanks, MatrixRanks, Ranks
+from .geometry import Geometry
 from .htucker import DimensionTree, HTucker
-from .layers import PLANS, Geometry, HTLayer, chain_ranks, merge_stages
+from .layers import PLANS, HTLayer, chain_ranks, merge_stages
 from .trace import LayerTrace
 
 KERNEL_TREE = DimensionTree(((1, 2), (3, 0)))
@@ -35,7 +36,8 @@ class LayerFactors:
 
     Attributes:
         name: dotted name in the model.
-        shape: ``(C_out, C_in, k_h, k_w)`` of a kernel, ``(C_out, C_in)`` of a matrix.
+        shape: ``(C_out, C_in, k_h, k_w)`` of a kernel, rows and columns of its window whatever its axes (see
+            `geometry`); ``(C_out, C_in)`` of a matrix. Of a grouped layer: of one group.
         bias: ``(C_out,)`` or None.
         geometry: stride, padding and so on of the dense layer.
         trace: its input and output shapes.
@@ -55,29 +57,38 @@ class LayerFactors:
 
     @property
     def dense_params(self) -> int:
-        return math.prod(self.shape) + self._bias_params
+        return self.geometry.groups * math.prod(self.shape) + self._bias_params
 
     @property
     def dense_flops(self) -> int:
         """Multiply-accumulates of the dense layer for one image."""
-        return math.prod(self.shape) * self._output_positions
+        return self.geometry.groups * math.prod(self.shape) * self._positions
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the layer has one inner edge, and one rank."""
+        return isinstance(self.full_ranks, MatrixRanks)
 
     @property
     def _bias_params(self) -> int:
-        return 0 if self.bias is None else self.shape[0]
+        return 0 if self.bias is None else len(self.bias)
 
     @property
-    def _map_sizes(self) -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:
-        """(H, W) of the input, of the output, and how many such maps an image comes to, for each call in one pass."""
+    def _map_sizes(self) -> list[tuple[tuple[int, int], tuple[int, int], int]]:
+        """(rows, columns) of the input, of the output, and how many such maps an image comes to, for each call."""
+        calls, sides = self.trace.calls, self.geometry.sides_of
         if self.geometry.unflatten is not None:
-            return [(self.geometry.unflatten[1:], (1, 1), call.rows) for call in self.trace.calls]
+            return [(self.geometry.unflatten[1:], (1, 1), call.rows) for call in calls]
         if self.geometry.linear:
-            return [((), (), call.rows) for call in self.trace.calls]
-        return [(call.input_shape[1:], call.output_shape[1:], call.rows) for call in self.trace.calls]
+            return [((1, 1), (1, 1), call.rows) for call in calls]
+        return [(sides(call.input_shape[1:]), sides(call.output_shape[1:]), call.rows) for call in calls]
 
     @property
-    def _output_positions(self) -> int:
-        return sum(rows * math.prod(after) for _, after, rows in self._map_sizes)
+    def _positions(self) -> int:
+        """Where the whole window is applied in one pass: at each output, or at each input of a transposed layer."""
+        return sum(
+            rows * math.prod(before if self.geometry.transposed else after) for before, after, rows in self._map_sizes
+        )
 
     def layer(self, ranks: Ranks) -> HTLayer:
         """The layer truncated to these ranks, as a new module that shares no tensor with anything.
@@ -220,9 +231,10 @@ class KernelFactors(LayerFactors):
         total = 0
         for (height, width), (height_out, width_out), rows in self._map_sizes:
             for group, size in zip(groups, sizes, strict=True):
+                before = height * width
                 height = height_out if "row" in group else height
                 width = width_out if "col" in group else width
-                total += rows * size * height * width
+                total += rows * size * (before if self.geometry.transposed else height * width)
         return total
 
     def _group_sizes(self, ranks: KernelRanks, groups: Sequence[tuple[str, ...]]) -> list[int]:
@@ -328,7 +340,7 @@ class MatrixFactors(LayerFactors):
 
     def flops(self, ranks: MatrixRanks) -> int:
         """Multiply-accumulates of the truncated layer for one image (a stride acts in the first stage)."""
-        return ranks.rank * sum(self.shape) * self._output_positions
+        return ranks.rank * sum(self.shape) * self._positions
 
     def output_error(self, ranks: MatrixRanks) -> float:
         """Relative squared error of the output that this rank causes: discarded over total variance, in 0..1."""
@@ -337,7 +349,12 @@ class MatrixFactors(LayerFactors):
 
     def output_errors(self) -> Tensor:
         """Relative squared errors for rank = 1, 2, ..., full."""
-        return _lost_shares(self.energies, float(self.energies.sum()))
+        return _lost_shares(self.energies, self.energy)
+
+    @property
+    def energy(self) -> float:
+        """Variance of the output, summed over the channels."""
+        return float(self.energies.sum())
 
     def edge_energies(self, edge: str = "mid") -> Tensor:
         """Squared singular values of the one edge, in falling order."""

@@ -9,20 +9,22 @@ A kernel ``W: (C_out, C_in, k_h, k_w)`` in hierarchical Tucker format with the t
 
 Two neighbouring stages contract into one without changing the function, which gives the equivalent *execution plans*.
 A 1 x 1 convolution or a linear layer has one inner edge and the two stages "in" and "out". A linear layer behind a
-flatten of C x H x W is a kernel of size H x W that fits its feature map exactly.
+flatten of C x H x W is a kernel of size H x W that fits its feature map exactly. Convolutions of one and of three
+axes, transposed and grouped ones are chains of the same stages; `geometry` says what rows and columns are there. In a
+grouped one every stage has the groups of the layer, and the ranks are those of each group.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from ..configuration import MatrixRanks, Ranks
+from .geometry import TRANSPOSED, Geometry, filled, swapped
 
 STAGES = ("in", "row", "col", "out")
 
@@ -40,60 +42,6 @@ PLANS: dict[str, tuple[tuple[str, ...], ...]] = {
 
 MATRIX_PLANS: dict[str, tuple[tuple[str, ...], ...]] = {"pair": (("in",), ("out",)), "dense": (("in", "out"),)}
 """Execution plans of a matrix (1 x 1 convolution, linear layer)."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How a kernel meets its input, per axis (height, width); ``padding`` is a pair of widths, "same" or "valid".
-
-    ``unflatten`` is (C, H, W) for a linear layer behind a flatten: its input is viewed as that feature map.
-    ``linear`` marks a layer that maps (N, features) to (N, features).
-    """
-
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] | str = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    padding_mode: str = "zeros"
-    unflatten: tuple[int, int, int] | None = None
-    linear: bool = False
-
-    @classmethod
-    def of(cls, layer: nn.Conv2d | nn.Linear, unflatten: tuple[int, int, int] | None = None) -> Geometry:
-        if isinstance(layer, nn.Linear):
-            return cls(unflatten=unflatten, linear=True)
-        return cls(layer.stride, layer.padding, layer.dilation, layer.padding_mode)
-
-    def convolution(self, weight: Tensor, bias: Tensor | None, *, height: bool, width: bool) -> nn.Conv2d:
-        """A convolution with a copy of ``weight: (o, i, h, w)`` that strides, pads and dilates on the axes named."""
-        padding: tuple[int, int] | str = self.padding
-        if not isinstance(padding, str):
-            padding = _on_axes(padding, 0, height, width)
-        layer = nn.utils.skip_init(
-            nn.Conv2d,
-            weight.shape[1],
-            weight.shape[0],
-            tuple(weight.shape[2:]),
-            stride=_on_axes(self.stride, 1, height, width),
-            padding=padding,
-            dilation=_on_axes(self.dilation, 1, height, width),
-            padding_mode=self.padding_mode,
-            bias=bias is not None,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
-        return _filled(layer, weight, bias)
-
-
-def _on_axes(values: Sequence[int], default: int, height: bool, width: bool) -> tuple[int, int]:
-    return (values[0] if height else default, values[1] if width else default)
-
-
-def _filled(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    with torch.no_grad():
-        layer.weight.copy_(weight)
-        if bias is not None:
-            layer.bias.copy_(bias)
-    return layer
 
 
 class HTLayer(nn.Module):
@@ -125,14 +73,15 @@ class HTLayer(nn.Module):
 
     def _stage(self, group: tuple[str, ...], weight: Tensor, bias: Tensor | None) -> nn.Module:
         if weight.ndim == 4:
-            return self.geometry.convolution(weight, bias, height="row" in group, width="col" in group)
-        if not self.geometry.linear:  # a 1 x 1 convolution: striding first is exact and cheapest
-            first = group[0] == "in"
-            return self.geometry.convolution(weight[:, :, None, None], bias, height=first, width=first)
+            return self.geometry.convolution(weight, bias, rows="row" in group, columns="col" in group)
+        if not self.geometry.linear:
+            # A 1 x 1 convolution: striding first is exact and cheapest, and spreading out last where it is transposed.
+            strides = ("out" if self.geometry.transposed else "in") in group
+            return self.geometry.convolution(weight[:, :, None, None], bias, rows=strides, columns=strides)
         layer = nn.utils.skip_init(
             nn.Linear, weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype
         )
-        return _filled(layer, weight, bias)
+        return filled(layer, weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shapes as the layer this one stands for: (N, C_in, H, W) or (N, features)."""
@@ -150,63 +99,69 @@ class HTLayer(nn.Module):
 
         Together with the sizes below it lets code that reads a layer from outside go on working.
         """
-        matrix = "row" not in sum(self.groups, ())
-        stages = {
-            group: stage.weight.flatten(1) if matrix else stage.weight
-            for group, stage in zip(self.groups, self.stages, strict=True)
-        }
-        (whole,) = merge_stages(stages, [sum(self.groups, ())]).values()
+        groups = self.geometry.groups
+        stages = dict(zip(self.groups, map(self._kernel_form, self.stages), strict=True))
+        (whole,) = merge_stages(stages, [sum(self.groups, ())], groups).values()
         if self.geometry.linear:
             return whole.flatten(1)
-        return whole[:, :, None, None] if matrix else whole
+        whole = whole.reshape(*whole.shape[:2], *self.kernel_size)
+        return swapped(whole, groups) if self.geometry.transposed else whole
 
     @property
     def in_channels(self) -> int:
-        return self.weight_shape[1]
+        return self.stages[0].in_features if self._is_linear(self.stages[0]) else self.stages[0].in_channels
 
     @property
     def out_channels(self) -> int:
-        return self.weight_shape[0]
+        return self.stages[-1].out_features if self._is_linear(self.stages[-1]) else self.stages[-1].out_channels
 
     @property
     def in_features(self) -> int:
-        return math.prod(self.weight_shape[1:])
+        return self.in_channels * math.prod(self.kernel_size)
 
     @property
     def out_features(self) -> int:
-        return self.weight_shape[0]
+        return self.out_channels
 
     @property
-    def kernel_size(self) -> tuple[int, int]:
-        return self.weight_shape[2:]
+    def kernel_size(self) -> tuple[int, ...]:
+        windows = [stage.kernel_size for stage in self.stages if not self._is_linear(stage)]
+        return tuple(math.prod(sizes) for sizes in zip(*windows, strict=True)) or (1, 1)
 
     @property
-    def stride(self) -> tuple[int, int]:
+    def stride(self) -> tuple[int, ...]:
         return self.geometry.stride
 
     @property
-    def padding(self) -> tuple[int, int] | str:
+    def padding(self) -> tuple[int, ...] | str:
         return self.geometry.padding
 
     @property
-    def dilation(self) -> tuple[int, int]:
+    def output_padding(self) -> tuple[int, ...]:
+        return self.geometry.output_padding or (0,) * self.geometry.axes
+
+    @property
+    def dilation(self) -> tuple[int, ...]:
         return self.geometry.dilation
 
     @property
     def padding_mode(self) -> str:
         return self.geometry.padding_mode
 
-    @property
-    def weight_shape(self) -> tuple[int, int, int, int]:
-        """(C_out, C_in, k_h, k_w) of the dense kernel; 1 x 1 for a matrix."""
-        first, last = self.stages[0].weight, self.stages[-1].weight
-        windows = [stage.weight.shape[2:] for stage in self.stages if stage.weight.ndim == 4]
-        k_h, k_w = (math.prod(window[axis] for window in windows) for axis in (0, 1))
-        return last.shape[0], first.shape[1], k_h, k_w
+    @staticmethod
+    def _is_linear(stage: nn.Module) -> bool:
+        return isinstance(stage, nn.Linear)
+
+    def _kernel_form(self, stage: nn.Module) -> Tensor:
+        """A stage's weight: ``(o, i, h, w)`` of a kernel, ``(o, i)`` of a matrix; i is of one group."""
+        if self._is_linear(stage):
+            return stage.weight
+        weight = self.geometry.kernel_form(stage.weight, transposed=isinstance(stage, TRANSPOSED))
+        return weight.flatten(1) if "row" not in sum(self.groups, ()) else weight
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        return tuple(stage.weight.shape[0] for stage in self.stages[:-1])
+        return tuple(self._kernel_form(stage).shape[0] // self.geometry.groups for stage in self.stages[:-1])
 
     @property
     def plans(self) -> tuple[str, ...]:
@@ -215,11 +170,7 @@ class HTLayer(nn.Module):
 
     def weights(self) -> dict[tuple[str, ...], Tensor]:
         """Stage group -> detached weight: ``(o, i, h, w)`` for a kernel, ``(o, i)`` for a matrix."""
-        matrix = "row" not in sum(self.groups, ())
-        return {
-            group: stage.weight.detach().flatten(1) if matrix else stage.weight.detach()
-            for group, stage in zip(self.groups, self.stages, strict=True)
-        }
+        return {group: self._kernel_form(stage).detach() for group, stage in zip(self.groups, self.stages, strict=True)}
 
     def with_plan(self, plan: str) -> HTLayer:
         """The same function as a new layer in another execution plan; shares no tensor with this one.
@@ -230,7 +181,8 @@ class HTLayer(nn.Module):
         if plan not in self.plans:
             raise ValueError(f"a layer in plan {self.plan!r} can be run as {', '.join(self.plans)}; got {plan!r}")
         bias = None if self.bias is None else self.bias.detach()
-        layer = HTLayer(merge_stages(self.weights(), _plans_of(self.groups)[plan]), bias, self.geometry)
+        weights = merge_stages(self.weights(), _plans_of(self.groups)[plan], self.geometry.groups)
+        layer = HTLayer(weights, bias, self.geometry)
         return layer.train(self.training)
 
     def extra_repr(self) -> str:
@@ -254,7 +206,7 @@ def _coarsens(coarse: Sequence[tuple[str, ...]], fine: Sequence[tuple[str, ...]]
 
 
 def merge_stages(
-    weights: Mapping[tuple[str, ...], Tensor], groups: Sequence[tuple[str, ...]]
+    weights: Mapping[tuple[str, ...], Tensor], groups: Sequence[tuple[str, ...]], channel_groups: int = 1
 ) -> dict[tuple[str, ...], Tensor]:
     """Contract neighbouring stages until only ``groups`` are left; see :func:`compose`."""
     merged = {}
@@ -262,18 +214,21 @@ def merge_stages(
         parts = [weight for part, weight in weights.items() if set(part) <= set(group)]
         weight = parts[0]
         for following in parts[1:]:
-            weight = compose(weight, following)
+            weight = compose(weight, following, channel_groups)
         merged[group] = weight
     return merged
 
 
-def compose(first: Tensor, second: Tensor) -> Tensor:
+def compose(first: Tensor, second: Tensor, channel_groups: int = 1) -> Tensor:
     """The one weight that does what ``first`` and then ``second`` do.
 
     Matrices ``(m, i)`` and ``(o, m)`` give ``(o, i)``. Kernels ``(m, i, h1, w1)`` and ``(o, m, h2, w2)`` give
     ``(o, i, h1 h2, w1 w2)``, where per axis at most one of the two is wider than one: their windows never overlap, so
-    the composition is a sum over the middle channels alone.
+    the composition is a sum over the middle channels alone. With groups of channels, each group's by itself.
     """
+    if channel_groups > 1:
+        pairs = zip(first.chunk(channel_groups), second.chunk(channel_groups), strict=True)
+        return torch.cat([compose(one, other) for one, other in pairs])
     if first.ndim == 2:
         return second @ first
     kernel = torch.einsum("omab,micd->oiacbd", second, first)

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from ..configuration import Configuration, Ranks
 from ..modules import copy_with
 from .factors import KernelFactors, MatrixFactors
+from .grouped import GroupedFactors
+
+Factors = KernelFactors | MatrixFactors | GroupedFactors
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class ModelFactors:
     """
 
     model: nn.Module = field(repr=False)
-    layers: dict[str, KernelFactors | MatrixFactors]
+    layers: dict[str, Factors]
     skipped: dict[str, str]
     input_shape: tuple[int, ...]
     dense_params: int

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
 from ..inputs import Batches, batches_of, length, like_model, run, split
 from ..modules import hooked
+from .geometry import SIDES, TRANSPOSED, Convolution
 from .trace import LayerTrace
 
 
@@ -22,9 +24,10 @@ class LayerMoments:
     """Moments of one layer over images and positions, in float64.
 
     Attributes:
-        window: covariance of the input along each mode of the layer's window, averaged over the other two: of the
+        window: covariance of the input along each mode of the layer's window, averaged over the others: of the
             channels ``(C_in, C_in)``, of the rows ``(k_h, k_h)`` and of the columns ``(k_w, k_w)``, the latter two with
-            unit mean variance. None for matrix layers, whose output covariance says all that matters.
+            unit mean variance; of two axes on one side, the Kronecker product. None for matrix layers, whose output
+            covariance says all that matters.
         output_mean: ``E[y]: (C_out,)``.
         output_covariance: ``E[(y - E[y]) (y - E[y])^T]: (C_out, C_out)``.
     """
@@ -32,6 +35,19 @@ class LayerMoments:
     window: tuple[Tensor, Tensor, Tensor] | None
     output_mean: Tensor
     output_covariance: Tensor
+
+    def split(self, groups: int) -> list[LayerMoments]:
+        """The moments of each group of a grouped layer: its own channels'."""
+        means, outputs = self.output_mean.chunk(groups), _diagonal_blocks(self.output_covariance, groups)
+        windows = [None] * groups
+        if self.window is not None:
+            channels, rows, columns = self.window
+            windows = [(block, rows, columns) for block in _diagonal_blocks(channels, groups)]
+        return [LayerMoments(*moments) for moments in zip(windows, means, outputs, strict=True)]
+
+
+def _diagonal_blocks(matrix: Tensor, count: int) -> list[Tensor]:
+    return [rows.chunk(count, dim=1)[place] for place, rows in enumerate(matrix.chunk(count))]
 
 
 class _Accumulator:
@@ -66,10 +82,12 @@ class _Accumulator:
 class _WindowAccumulator:
     """Running covariance of a kernel's input along the modes of its window: channels, rows, columns."""
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear, trace: LayerTrace) -> None:
+    def __init__(self, layer: Convolution | nn.Linear, trace: LayerTrace) -> None:
         self._unflatten = trace.unflatten
         self._size = trace.unflatten[1:] if trace.unflatten else layer.kernel_size
         self._dilation = (1, 1) if trace.unflatten else layer.dilation
+        # What meets in one output of a transposed layer lies apart by the stride, not by one: its window tells nothing.
+        self._axes = () if isinstance(layer, TRANSPOSED) else range(len(self._size))
         self._channels = _Accumulator()
         self._products = [torch.zeros(size, size, dtype=torch.float64) for size in self._size]
         # Map shape -> images, and their sum: a shared layer may meet maps of several sizes.
@@ -79,15 +97,19 @@ class _WindowAccumulator:
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         features = features if self._unflatten is None else features.reshape(-1, *self._unflatten)
         self._channels.add(channels_last_rows(features))
-        centred = features - self._channels.origin.reshape(-1, 1, 1)
-        for axis in (0, 1):
+        centred = features - self._per_channel(self._channels.origin)
+        for axis in self._axes:
             self._products[axis] += self._along(centred, axis)
         count, total = self._maps.get(features.shape[1:], (0, 0.0))
         self._maps[features.shape[1:]] = count + len(features), total + centred.sum(0).double()
 
+    def _per_channel(self, values: Tensor) -> Tensor:
+        """values: (C,), to be combined with a map (C, ...)."""
+        return values.reshape(-1, *[1] * len(self._size))
+
     def _along(self, features: Tensor, axis: int) -> Tensor:
-        """Summed products of positions that a window sees together, ``features: (..., H, W)``: (size, size)."""
-        features = features.movedim(axis - 2, -1)
+        """Summed products of positions that a window sees together, ``features: (..., spatial)``: (size, size)."""
+        features = features.movedim(axis - len(self._size), -1)
         size, step = self._size[axis], self._dilation[axis]
         if self._unflatten is not None:
             rows = features.reshape(-1, size)
@@ -107,13 +129,17 @@ class _WindowAccumulator:
     @property
     def covariances(self) -> tuple[Tensor, Tensor, Tensor]:
         channels = self._channels.covariance
-        rows, columns = (_unit_mean_variance(self._recentred(axis)).to(channels.device) for axis in (0, 1))
+        along = [_unit_mean_variance(self._recentred(axis)).to(channels.device) for axis in range(len(self._size))]
+        one = torch.ones(1, 1, dtype=torch.float64, device=channels.device)
+        rows, columns = (reduce(torch.kron, [along[axis] for axis in side], one) for side in SIDES[len(self._size)])
         return channels, rows, columns
 
     def _recentred(self, axis: int) -> Tensor:
         """The products about the mean over all images, where they were summed about the first batch's."""
-        shift = (self._channels.total / self._channels.count).reshape(-1, 1, 1)
         products = self._products[axis]
+        if axis not in self._axes:
+            return products
+        shift = self._per_channel(self._channels.total / self._channels.count)
         for count, total in self._maps.values():
             mean = total / count
             products = products + count * (self._along(mean - shift, axis) - self._along(mean, axis))

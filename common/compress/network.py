@@ -11,12 +11,16 @@ from torch.utils._pytree import tree_leaves
 from ..cost import count_flops, count_params
 from ..inputs import Batches, Inputs, batches_of, first, like_model, sample
 from ..modules import unwrapped
-from .decompose import BASES, factorize_kernel, factorize_matrix
+from .decompose import BASES, factorize_layer
+from .geometry import CONVOLUTIONS
 from .model_factors import ModelFactors
 from .moments import gather_moments
 from .proof import without_broken
 from .selection import choose_layers
 from .trace import trace_layers
+
+NOISE_SIZES = {1: (4096,), 2: (224, 224), 3: (16, 112, 112)}
+"""Axes of a network's first convolution -> the size of the input that is taken for granted where none is given."""
 
 PROOF_IMAGES = 2
 """Calibration images on which the network at full ranks is compared with the dense one."""
@@ -44,7 +48,7 @@ def factorize(
             (plain HSVD).
         layers: one of LAYER_SETS, or the names of the layers to factorise.
         bases: with images, what they are used for; one of BASES.
-        input_shape: (C, H, W) when there are no images; 224 x 224 by default.
+        input_shape: (C, H, W) when there are no images; by default what NOISE_SIZES has.
 
     Raises:
         ValueError: a scripted network; an unknown layer, layer set or basis; no images; images that make an activation
@@ -66,8 +70,8 @@ def factorize(
     factors = {}
     with torch.no_grad():
         for name, is_kernel in chosen.items():
-            make = factorize_kernel if is_kernel else factorize_matrix
-            factors[name] = make(name, model.get_submodule(name), traces[name], moments.get(name), bases)
+            layer, known = model.get_submodule(name), moments.get(name)
+            factors[name] = factorize_layer(name, layer, traces[name], known, bases, is_kernel=is_kernel)
     shape = tuple(tree_leaves(example)[0].shape[1:])
     flops = count_flops(model, first(example, 1))
     found = ModelFactors(model, factors, skipped, shape, count_params(model), flops)
@@ -84,7 +88,8 @@ def _example(model: nn.Module, images: Tensor | list[Inputs] | None, input_shape
         return like_model(sample(images, PROOF_IMAGES), model)
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     if input_shape is None:
-        first_layer = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-        input_shape = (first_layer.in_channels if first_layer is not None else 3, 224, 224)
+        first_layer = next((m for m in model.modules() if isinstance(m, CONVOLUTIONS)), None)
+        channels, axes = (first_layer.in_channels, len(first_layer.kernel_size)) if first_layer is not None else (3, 2)
+        input_shape = (channels, *NOISE_SIZES[axes])
     noise = torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0))
     return noise.to(like)

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..inputs import Batches, Inputs, batches_of, joined, length, like_model, run, split
 from ..modules import hooked, inputs_batch, unwrapped
+from .geometry import scale_outputs
 from .layers import HTLayer
 from .moments import channels_last_rows
 
@@ -128,8 +129,7 @@ def _match(target_mean: Tensor, target_std: Tensor | None) -> Callable:
         variance, mean = torch.var_mean(channels_last_rows(output, axis), dim=0, correction=0)
         target = target_mean.to(output)
         gain = torch.ones_like(mean) if target_std is None else _gain(target_std.to(output), variance.sqrt())
-        weight = module.stages[-1].weight
-        weight.mul_(gain.reshape(-1, *[1] * (weight.ndim - 1)))
+        scale_outputs(module.stages[-1], gain)
         module.bias.copy_((module.bias - mean) * gain + target)
         # In place: at 224 px a copy of one of VGG16's first maps would cost more than the convolution.
         output.movedim(axis, -1).mul_(gain).add_(target - mean * gain)

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from .geometry import TRANSPOSED, Convolution
 from .layers import HTLayer
-from .trace import LayerTrace
+from .trace import DECOMPOSABLE, LayerTrace
 
 LAYER_SETS = ("all", "convs", "kernels")
 """Which layers to factorise: every one, only convolutions, or only convolutions with a window (no 1 x 1)."""
@@ -15,6 +16,10 @@ LAYER_SETS = ("all", "convs", "kernels")
 SMALLEST_MATRIX = 32
 """A matrix with a side shorter than this stays dense: a head of few classes has next to nothing to save, and each of
 its outputs is one that the network is judged by. It is factorised all the same if it is asked for by name."""
+
+
+SMALLEST_GROUP = 8
+"""Likewise the channels of a group."""
 
 
 def choose_layers(
@@ -35,8 +40,7 @@ def choose_layers(
         if isinstance(module, HTLayer):
             inside += (f"{name}.",)
             skipped[name] = "it is factorised already: factorise the dense network, its factors give any ranks"
-        kinds = (nn.Conv2d, nn.Linear, nn.modules.conv._ConvTransposeNd, nn.Conv1d, nn.Conv3d)
-        if not isinstance(module, kinds) or name.startswith(inside or ("\0",)):
+        if not isinstance(module, DECOMPOSABLE) or name.startswith(inside or ("\0",)):
             continue
         reason = _reason_to_skip(name, module, traces, layers) or _shared(name, module, owners)
         if reason:
@@ -67,32 +71,48 @@ def _shared(name: str, module: nn.Module, owners: Mapping[int, list[str]]) -> st
 def _reason_to_skip(
     name: str, module: nn.Module, traces: Mapping[str, LayerTrace], layers: str | set[str]
 ) -> str | None:
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return "a transposed convolution"
     if "weight" not in module._parameters:
         return "its weight is computed from other parameters (weight norm, pruning or the like)"
-    if type(module) not in (nn.Conv2d, nn.Linear):
-        return f"a {type(module).__name__}, which is neither torch's Conv2d nor its Linear"
+    if type(module) not in DECOMPOSABLE:
+        return f"a {type(module).__name__}, which is none of torch's own convolutions and linear layers"
     if module._forward_hooks or module._forward_pre_hooks:
         return "a forward hook on it may change what it computes: remove the hook, or fold it into the network"
     if "forward" in vars(module):
         return "its forward was replaced by another function"
-    if isinstance(module, nn.Conv2d) and module.groups > 1:
-        return "a depthwise convolution" if module.groups == module.in_channels else "a grouped convolution"
+    if _groups(module) > 1 and 1 in _channels(module):
+        return "a depthwise convolution"
     if name not in traces:
         return "it does not run in eval mode"
     if isinstance(layers, str):
-        if not is_kernel(module, traces[name]) and min(module.weight.shape[:2]) < SMALLEST_MATRIX:
+        least = min(_channels(module))
+        if _groups(module) > 1 and least < SMALLEST_GROUP:
+            return f"a grouped convolution of fewer than {SMALLEST_GROUP} channels per group"
+        if not is_kernel(module, traces[name]) and least < SMALLEST_MATRIX:
             return f"a matrix with a side shorter than {SMALLEST_MATRIX}"
-        kernel_only = layers == "kernels" and isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
+        kernel_only = layers == "kernels" and not isinstance(module, nn.Linear) and not has_window(module)
         outside = kernel_only or (layers != "all" and isinstance(module, nn.Linear))
     else:
         outside = name not in layers
     return "not in the chosen set of layers" if outside else None
 
 
-def is_kernel(module: nn.Conv2d | nn.Linear, trace: LayerTrace) -> bool:
+def is_kernel(module: Convolution | nn.Linear, trace: LayerTrace) -> bool:
     """Whether the layer's weight is taken as a kernel with a window, and not as a matrix."""
-    if isinstance(module, nn.Linear):
-        return trace.unflatten is not None
-    return module.kernel_size != (1, 1)
+    return trace.unflatten is not None if isinstance(module, nn.Linear) else has_window(module)
+
+
+def has_window(module: Convolution) -> bool:
+    """Whether a convolution sees more than one position at a time."""
+    return any(size > 1 for size in module.kernel_size)
+
+
+def _groups(module: Convolution | nn.Linear) -> int:
+    return 1 if isinstance(module, nn.Linear) else module.groups
+
+
+def _channels(module: Convolution | nn.Linear) -> tuple[int, int]:
+    """(C_out, C_in) of one group."""
+    first, second = module.weight.shape[:2]
+    if isinstance(module, TRANSPOSED):
+        return second, first // module.groups
+    return first // _groups(module), second

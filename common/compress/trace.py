@@ -12,10 +12,15 @@ from torch.overrides import TorchFunctionMode
 
 from ..inputs import Inputs, length, run
 from ..modules import hooked
+from .geometry import CONVOLUTIONS, TRANSPOSED, Convolution
 from .layers import HTLayer
 
 _FLATTENING = {torch.flatten, Tensor.flatten, Tensor.view, Tensor.reshape, torch.reshape}
 _PASSING_ON = {functional.dropout, functional.relu, torch.relu, Tensor.contiguous, Tensor.clone, Tensor.detach}
+
+
+DECOMPOSABLE = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
+"""Layers that can be factorised; exactly these classes: others compute who knows what."""
 
 
 class LayerCall(NamedTuple):
@@ -108,8 +113,8 @@ def _call(module: nn.Module, features: Tensor, output: Tensor, images: int) -> L
     return LayerCall(tuple(features.shape[-spatial:]), tuple(output.shape[-spatial:]), -(-rows // images))
 
 
-def decomposable_layers(model: nn.Module) -> list[tuple[str, nn.Conv2d | nn.Linear]]:
-    """Every two-dimensional convolution and linear layer (exactly these classes) with its dotted name, once each.
+def decomposable_layers(model: nn.Module) -> list[tuple[str, Convolution | nn.Linear]]:
+    """Every convolution, plain or transposed, and linear layer (torch's own classes) with its dotted name, once each.
 
     The stages of a layer that is factorised already are not layers of their own.
     """
@@ -117,5 +122,5 @@ def decomposable_layers(model: nn.Module) -> list[tuple[str, nn.Conv2d | nn.Line
     return [
         (name, module)
         for name, module in model.named_modules()
-        if type(module) in (nn.Conv2d, nn.Linear) and id(module) not in inside
+        if type(module) in DECOMPOSABLE and id(module) not in inside
     ]

@@ -14,11 +14,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ..compress import HTLayer
+from ..compress import CONVOLUTIONS, TRANSPOSED, HTLayer, scale_outputs
 from ..inputs import Inputs, run
 from ..modules import copy_with, hooked, unwrapped
 
-FOLDABLE = (nn.Conv2d, nn.Linear, HTLayer)
+FOLDABLE = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear, HTLayer)
 """Layers that take a batch norm up; exactly these classes."""
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -46,7 +46,7 @@ def fold_batch_norm(model: nn.Module, example: Inputs) -> tuple[nn.Module, dict[
     return copy_with(model, replaced).eval(), pairs
 
 
-def fold_pair(layer: nn.Conv2d | nn.Linear | HTLayer, norm: _BatchNorm) -> nn.Module:
+def fold_pair(layer: nn.Module, norm: _BatchNorm) -> nn.Module:
     """One new layer that does what ``layer`` and then ``norm``, by its running statistics, do."""
     # In float64, and rounded once.
     variance, mean = norm.running_var.double(), norm.running_mean.double()
@@ -58,21 +58,18 @@ def fold_pair(layer: nn.Conv2d | nn.Linear | HTLayer, norm: _BatchNorm) -> nn.Mo
         shift = shift + norm.bias.detach().double()
     if layer.bias is not None:
         shift = shift + layer.bias.detach().double() * scale
-    if isinstance(layer, HTLayer):
-        weights = layer.weights()
-        last = layer.groups[-1]
-        weights[last] = _scaled(weights[last], scale)
-        return HTLayer(weights, shift.to(weights[last].dtype), layer.geometry).eval()
-    trained = layer.weight.requires_grad
-    weight = nn.Parameter(_scaled(layer.weight.detach(), scale), requires_grad=trained)
-    folded = copy.deepcopy(layer, {id(layer.weight): weight}).eval()
-    folded.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=trained)
+    before = _last_stage(layer).weight
+    wide = nn.Parameter(before.detach().to(torch.float64, copy=True), requires_grad=False)
+    folded = copy.deepcopy(layer, {id(before): wide}).eval()
+    last = _last_stage(folded)
+    scale_outputs(last, scale)
+    last.weight = nn.Parameter(wide.detach().to(before.dtype), requires_grad=before.requires_grad)
+    last.bias = nn.Parameter(shift.to(before.dtype), requires_grad=before.requires_grad)
     return folded
 
 
-def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
-    """weight: (C_out, ...), scale: (C_out,), rounded to the type of the weight."""
-    return (weight.double() * scale.reshape(-1, *(1,) * (weight.ndim - 1))).to(weight.dtype)
+def _last_stage(layer: nn.Module) -> nn.Module:
+    return layer.stages[-1] if isinstance(layer, HTLayer) else layer
 
 
 def _foldable_pairs(model: nn.Module, example: Inputs) -> dict[str, str]:

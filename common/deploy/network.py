@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..compress.proof import output_tensors, outputs_differ
 from ..cost import latency_samples, measure_latency
 from ..inputs import Inputs, length, like_model, run
-from ..modules import copy_with, evaluating, unwrapped
+from ..modules import copy_with, evaluating, laid_out, unwrapped
 from .fold import fold_batch_norm
 from .onnx_export import export_onnx, onnx_session
 from .plans import LayerChoice, Measure, choose_plans, plain_layer, timer
@@ -28,7 +28,7 @@ from .runtimes import Run, Target
 
 __all__ = ["Deployed", "deploy", "export_onnx", "onnx_session"]
 
-MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+MEMORY_FORMATS = ("channels_last", "contiguous")
 
 WRONG_FROM = 1e-2
 """Outputs that differ by more than this, relative to the largest, are not rounding (TF32 included) but a mistake."""
@@ -158,15 +158,15 @@ def deploy(
     target.check(example)
     folded = folded.to(device, floating).requires_grad_(False)
     format_name = _memory_format(memory_format, target, folded, example, rounds)
-    layout = MEMORY_FORMATS[format_name]
-    folded = folded.to(memory_format=layout)
+    channels_last = format_name == "channels_last"
+    folded = laid_out(folded, channels_last)
 
     measure = measure or timer(
-        lambda layer, inputs: target.layer_run(layer.to(memory_format=layout), inputs), rounds=rounds, threads=threads
+        lambda layer, inputs: target.layer_run(laid_out(layer, channels_last), inputs), rounds=rounds, threads=threads
     )
-    choices = choose_plans(folded, example, plans, measure, layout)
+    choices = choose_plans(folded, example, plans, measure, channels_last=channels_last)
     plain = {folded.get_submodule(name): plain_layer(folded.get_submodule(name), c.plan) for name, c in choices.items()}
-    final = copy_with(folded, plain).to(memory_format=layout).requires_grad_(False)
+    final = laid_out(copy_with(folded, plain), channels_last).requires_grad_(False)
 
     runs = {"deployed": target.run(final, example)}
     _check_outputs(expected, runs["deployed"](example))
@@ -199,7 +199,7 @@ def _memory_format(asked: str | None, target: Target, model: nn.Module, example:
         return "contiguous"
     if asked != "measure":
         return asked or "channels_last"
-    copies = {name: copy.deepcopy(model).to(memory_format=layout) for name, layout in MEMORY_FORMATS.items()}
+    copies = {name: laid_out(copy.deepcopy(model), name == "channels_last") for name in MEMORY_FORMATS}
     runs = {name: target.uncompiled_run(module, example) for name, module in copies.items()}
     seconds = measure_latency(runs, example, rounds=rounds, threads=target.threads)
     return min(seconds, key=seconds.__getitem__)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 
+from ..compress import CONVOLUTIONS, TRANSPOSED
 from ..files import atomic_path
 from ..inputs import Inputs, first, length, run
 from ..modules import copy_with, evaluating, first_line, unwrapped
@@ -192,7 +193,7 @@ def onnx_bytes(model: nn.Module, example: Inputs) -> bytes:
 
 
 def onnx_layer(module: nn.Module, input_shape: Sequence[int]) -> bytes:
-    """The graph of a plain layer: an nn.Conv2d or nn.Linear, or an nn.Sequential of them, Flatten and Unflatten.
+    """The graph of a plain layer: a convolution or nn.Linear, or an nn.Sequential of them, Flatten and Unflatten.
 
     input_shape: without the batch axis, which is dynamic.
 
@@ -236,8 +237,10 @@ class _GraphWriter:
         self.last = "images"
 
     def add(self, layer: nn.Module) -> None:
-        if isinstance(layer, nn.Conv2d):
+        if isinstance(layer, CONVOLUTIONS):
             self._convolution(layer)
+        elif isinstance(layer, TRANSPOSED):
+            self._transposed(layer)
         elif isinstance(layer, nn.Linear):
             self._node("Gemm", [self._tensor(layer.weight), *self._bias(layer)], transB=1)
         elif isinstance(layer, nn.Flatten) and layer.start_dim == 1:
@@ -247,23 +250,30 @@ class _GraphWriter:
         else:
             raise ValueError(f"a graph of plain layers has convolutions and linear layers; got {layer}")
 
-    def _convolution(self, layer: nn.Conv2d) -> None:
-        # As torch pads for functional.pad: (left, right, top, bottom).
-        left, right, top, bottom = layer._reversed_padding_repeated_twice
-        pads = [top, left, bottom, right]
+    def _convolution(self, layer: nn.Module) -> None:
+        # As torch pads for functional.pad: (left, right, top, bottom, ...), the last axis first.
+        both = layer._reversed_padding_repeated_twice
+        pads = [*both[0::2][::-1], *both[1::2][::-1]]
         if layer.padding_mode != "zeros":
-            amounts = torch.tensor([0, 0, top, left, 0, 0, bottom, right])
+            axes = len(layer.kernel_size)
+            amounts = torch.tensor([0, 0, *pads[:axes], 0, 0, *pads[axes:]])
             self._node("Pad", [self._tensor(amounts)], mode=_PAD_MODES[layer.padding_mode])
-            pads = [0, 0, 0, 0]
-        self._node(
-            "Conv",
-            [self._tensor(layer.weight), *self._bias(layer)],
-            kernel_shape=list(layer.kernel_size),
-            strides=list(layer.stride),
-            dilations=list(layer.dilation),
-            group=layer.groups,
-            pads=pads,
-        )
+            pads = [0] * len(pads)
+        self._node("Conv", [self._tensor(layer.weight), *self._bias(layer)], **self._window(layer), pads=pads)
+
+    def _transposed(self, layer: nn.Module) -> None:
+        inputs = [self._tensor(layer.weight), *self._bias(layer)]
+        pads = [*layer.padding, *layer.padding]
+        more = list(layer.output_padding)
+        self._node("ConvTranspose", inputs, **self._window(layer), pads=pads, output_padding=more)
+
+    def _window(self, layer: nn.Module) -> dict[str, object]:
+        return {
+            "kernel_shape": list(layer.kernel_size),
+            "strides": list(layer.stride),
+            "dilations": list(layer.dilation),
+            "group": layer.groups,
+        }
 
     def _node(self, operator: str, inputs: list[str], **attributes: object) -> None:
         output = f"value{len(self.nodes)}"

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..compress import HTLayer
 from ..cost import latency_samples
 from ..inputs import Inputs, run
-from ..modules import hooked
+from ..modules import hooked, laid_out
 
 WAYS = ("measure", "flops", "keep")
 """How plans are chosen: the fastest by measurement, the one of fewest FLOPs, or the one that the layer is in."""
@@ -80,12 +80,13 @@ def choose_plans(
     example: Inputs,
     how: str,
     measure: Measure,
-    memory_format: torch.memory_format = torch.contiguous_format,
+    *,
+    channels_last: bool = False,
 ) -> dict[str, LayerChoice]:
     """Name -> choice for every factorised layer that runs on ``example: (N, C, H, W)``; the model stays as it is.
 
-    Layers of the same shapes and geometry on inputs of the same shape are measured once. The memory format is that of
-    the feature maps on which they are measured.
+    Layers of the same shapes and geometry on inputs of the same shape are measured once, on feature maps laid out with
+    their channels last or not.
 
     Raises:
         ValueError: an unknown way to choose.
@@ -101,8 +102,7 @@ def choose_plans(
         key = (shape, layer.geometry, layer.bias is None, *((g, w.shape) for g, w in layer.weights().items()))
         if key not in known:
             inputs = torch.randn(shape, generator=generator).to(layer.weights()[layer.groups[0]])
-            if inputs.ndim == 4:
-                inputs = inputs.contiguous(memory_format=memory_format)
+            inputs = laid_out(inputs, channels_last)
             known[key] = choose_plan(layer, inputs, how, measure)
         choices[name] = known[key]
     return choices

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..compress import Geometry, HTLayer
+from ..compress import CONVOLUTIONS, TRANSPOSED, Geometry, HTLayer
 
 LARGEST = 2**24
 """Upper limit of every size in a description; a layer of a CNN stays far below it."""
@@ -81,13 +81,15 @@ def describe(module: nn.Module, name: str) -> Spec:
             "groups": [list(group) for group in weights],
             "shapes": [list(weight.shape) for weight in weights.values()],
             "bias": module.bias is not None,
-            "geometry": asdict(module.geometry),
+            "geometry": {key: value for key, value in asdict(module.geometry).items() if value is not None},
         }
     if type(module) is nn.Sequential:
         return {"kind": "sequence", "modules": [describe(child, name) for child in module]}
-    if type(module) is nn.Conv2d:
+    if type(module) in (*CONVOLUTIONS, *TRANSPOSED):
         options = {key: getattr(module, key) for key in ("stride", "padding", "dilation", "groups", "padding_mode")}
         sizes = {"in": module.in_channels, "out": module.out_channels, "kernel": list(module.kernel_size)}
+        transposed = type(module) in TRANSPOSED
+        options |= {"transposed": True, "output_padding": list(module.output_padding)} if transposed else {}
         return {"kind": "convolution", **sizes, "bias": module.bias is not None, **options}
     if type(module) is nn.Linear:
         sizes = {"in": module.in_features, "out": module.out_features}
@@ -141,6 +143,8 @@ def _factorised(spec: Mapping[str, Any]) -> HTLayer:
             windowless = [size for stage, size in zip(("row", "col"), shape[2:], strict=True) if stage not in group]
             if any(size != 1 for size in windowless):
                 raise ValueError(f"the stages {group} cannot have a weight of shape {shape}")
+        if shape[0] % geometry.groups:
+            raise ValueError(f"the stages {group} have {shape[0]} outputs, no multiple of {geometry.groups} groups")
         weights[group] = torch.empty(shape)
     bias = torch.empty(next(reversed(weights.values())).shape[0]) if _flag(spec, "bias") else None
     return HTLayer(weights, bias, geometry)
@@ -149,13 +153,20 @@ def _factorised(spec: Mapping[str, Any]) -> HTLayer:
 def _geometry(spec: Any) -> Geometry:
     if not isinstance(spec, Mapping):
         raise ValueError(f"geometry must be an object; got {_short(spec)}")
+    axes = _axes(spec, "stride")
+    given = {key: value for key, value in spec.items() if value is not None}
     return Geometry(
-        stride=_pair(spec, "stride", 1),
-        padding=_padding(spec),
-        dilation=_pair(spec, "dilation", 1),
+        stride=_per_axis(spec, "stride", axes),
+        padding=_padding(spec, axes),
+        dilation=_per_axis(spec, "dilation", axes),
         padding_mode=_choice(spec, "padding_mode", PADDING_MODES),
-        unflatten=None if _field(spec, "unflatten") is None else tuple(_sizes(spec, "unflatten", 3)),
+        unflatten=tuple(_sizes(spec, "unflatten", 3)) if "unflatten" in given else None,
         linear=_flag(spec, "linear"),
+        # Absent in files of earlier versions, which had two axes and no groups.
+        groups=_size(spec, "groups") if "groups" in given else 1,
+        transposed=_flag(spec, "transposed") if "transposed" in given else False,
+        output_padding=_per_axis(spec, "output_padding", axes, 0) if "output_padding" in given else None,
+        window=_per_axis(spec, "window", axes) if "window" in given else None,
     )
 
 
@@ -168,17 +179,21 @@ def _sequence(spec: Mapping[str, Any]) -> nn.Sequential:
     return nn.Sequential(*(build(part) for part in parts))
 
 
-def _convolution(spec: Mapping[str, Any]) -> nn.Conv2d:
-    return nn.Conv2d(
+def _convolution(spec: Mapping[str, Any]) -> nn.Module:
+    axes = _axes(spec, "kernel")
+    transposed = _flag(spec, "transposed") if "transposed" in spec else False
+    more = {"output_padding": _per_axis(spec, "output_padding", axes, 0)} if transposed else {}
+    return (TRANSPOSED if transposed else CONVOLUTIONS)[axes - 1](
         _size(spec, "in"),
         _size(spec, "out"),
-        _pair(spec, "kernel", 1),
-        stride=_pair(spec, "stride", 1),
-        padding=_padding(spec),
-        dilation=_pair(spec, "dilation", 1),
+        _per_axis(spec, "kernel", axes),
+        stride=_per_axis(spec, "stride", axes),
+        padding=_padding(spec, axes),
+        dilation=_per_axis(spec, "dilation", axes),
         groups=_size(spec, "groups"),
         bias=_flag(spec, "bias"),
         padding_mode=_choice(spec, "padding_mode", PADDING_MODES),
+        **more,
     )
 
 
@@ -206,14 +221,23 @@ def _sizes(spec: Mapping[str, Any], key: str, count: int, lowest: int = 1, most:
     return [_size({key: value}, key, lowest, most) for value in values]
 
 
-def _pair(spec: Mapping[str, Any], key: str, lowest: int) -> tuple[int, int]:
-    height, width = _sizes(spec, key, 2, lowest, LARGEST_STEP)
-    return height, width
+def _axes(spec: Mapping[str, Any], key: str) -> int:
+    """How many axes a convolution has, by the length of one of its settings."""
+    values = _field(spec, key)
+    if not isinstance(values, (list, tuple)) or len(values) not in (1, 2, 3):
+        raise ValueError(f"{key} must be a list of 1 to 3 whole numbers; got {_short(values)}")
+    return len(values)
 
 
-def _padding(spec: Mapping[str, Any]) -> tuple[int, int] | str:
+def _per_axis(spec: Mapping[str, Any], key: str, axes: int, lowest: int = 1) -> tuple[int, ...]:
+    return tuple(_sizes(spec, key, axes, lowest, LARGEST_STEP))
+
+
+def _padding(spec: Mapping[str, Any], axes: int) -> tuple[int, ...] | str:
     value = _field(spec, "padding")
-    return _choice(spec, "padding", ("same", "valid")) if isinstance(value, str) else _pair(spec, "padding", 0)
+    if isinstance(value, str):
+        return _choice(spec, "padding", ("same", "valid"))
+    return _per_axis(spec, "padding", axes, 0)
 
 
 def _choice(spec: Mapping[str, Any], key: str, allowed: tuple[str, ...]) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..compress import KernelFactors, MatrixFactors, ModelFactors
+from ..compress import Factors, ModelFactors
 from ..configuration import KernelRanks, MatrixRanks, Ranks
 
 RANK_MULTIPLE = 8
@@ -123,8 +123,8 @@ def cheaper_front(
     return front
 
 
-def _grid_entries(layer: KernelFactors | MatrixFactors) -> Iterator[MenuEntry]:
-    if isinstance(layer, MatrixFactors):
+def _grid_entries(layer: Factors) -> Iterator[MenuEntry]:
+    if layer.is_matrix:
         errors = layer.output_errors().tolist()
         for rank in rank_grid(layer.full_ranks.rank):
             yield _entry(layer, MatrixRanks(rank), errors[rank - 1])
@@ -137,11 +137,11 @@ def _grid_entries(layer: KernelFactors | MatrixFactors) -> Iterator[MenuEntry]:
                 yield _entry(layer, KernelRanks(rank_in, rank_mid, rank_out), errors[rank_mid - 1])
 
 
-def _entry(layer: KernelFactors | MatrixFactors, ranks: Ranks, error: float) -> MenuEntry:
+def _entry(layer: Factors, ranks: Ranks, error: float) -> MenuEntry:
     return MenuEntry(ranks, layer.params(ranks), layer.flops(ranks), error)
 
 
-def _balanced_pairs(layer: KernelFactors) -> list[tuple[int, int]]:
+def _balanced_pairs(layer: Factors) -> list[tuple[int, int]]:
     """Leaf ranks (in, out) that discard comparable shares of the energy, each at most half of its mode or all of it."""
     tails = {}
     for edge, full in (("in", layer.full_ranks.rank_in), ("out", layer.full_ranks.rank_out)):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from ..compress import KernelFactors, MatrixFactors, ModelFactors
+from ..compress import Factors, ModelFactors
 from ..configuration import Configuration, KernelRanks, MatrixRanks, Ranks
 from .evbmf import evbmf_from_singular_values
 from .menus import CostMeasure
@@ -23,9 +23,9 @@ def uniform(factors: ModelFactors, fraction: float) -> Configuration:
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be in (0, 1]; got {fraction}")
 
-    def wanted(layer: KernelFactors | MatrixFactors) -> tuple[float, ...]:
+    def wanted(layer: Factors) -> tuple[float, ...]:
         c_out, c_in = layer.shape[:2]
-        if isinstance(layer, MatrixFactors):
+        if layer.is_matrix:
             return (fraction * min(c_out, c_in),)
         return (fraction * c_in, fraction * max(c_in, c_out), fraction * c_out)
 
@@ -41,7 +41,7 @@ def energy(factors: ModelFactors, threshold: float) -> Configuration:
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold must be in (0, 1]; got {threshold}")
 
-    def kept(layer: KernelFactors | MatrixFactors, edge: str) -> int:
+    def kept(layer: Factors, edge: str) -> int:
         energies = layer.edge_energies(edge)
         return int((energies.cumsum(0) < threshold * energies.sum()).sum()) + 1
 
@@ -69,7 +69,7 @@ def vbmf(factors: ModelFactors, scale: float = 1.0) -> Configuration:
     return Configuration(ranks)
 
 
-def _vbmf_ranks(layer: KernelFactors | MatrixFactors) -> tuple[int, ...]:
+def _vbmf_ranks(layer: Factors) -> tuple[int, ...]:
     ranks = []
     for edge in _edges(layer):
         values = layer.edge_energies(edge).sqrt().cpu().numpy()
@@ -77,20 +77,20 @@ def _vbmf_ranks(layer: KernelFactors | MatrixFactors) -> tuple[int, ...]:
     return tuple(ranks)
 
 
-def _edges(layer: KernelFactors | MatrixFactors) -> tuple[str, ...]:
-    return ("mid",) if isinstance(layer, MatrixFactors) else ("in", "mid", "out")
+def _edges(layer: Factors) -> tuple[str, ...]:
+    return ("mid",) if layer.is_matrix else ("in", "mid", "out")
 
 
-def _edge_shape(layer: KernelFactors | MatrixFactors, edge: str) -> tuple[int, int]:
+def _edge_shape(layer: Factors, edge: str) -> tuple[int, int]:
     """(rows, columns) of the edge's matricization."""
-    if isinstance(layer, MatrixFactors):
+    if layer.is_matrix:
         return layer.shape[0], layer.shape[1]
     c_out, c_in, k_h, _ = layer.shape
     rows = {"in": c_in, "mid": c_in * k_h, "out": c_out}[edge]
     return rows, math.prod(layer.shape) // rows
 
 
-def _legal(layer: KernelFactors | MatrixFactors, wanted: tuple[float, ...]) -> Ranks:
+def _legal(layer: Factors, wanted: tuple[float, ...]) -> Ranks:
     """The nearest ranks that the layer allows: a rule's formula knows nothing of the tree's limits."""
 
     def near(value: float, limit: int) -> int:

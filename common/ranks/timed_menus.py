@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from ..compress import KernelFactors, MatrixFactors, ModelFactors
+from ..compress import Factors, ModelFactors
 from ..deploy import Measure, Target, choose_plan, deploy, plain_layer, timer
 from ..files import write_text
 from ..inputs import Inputs
+from ..modules import laid_out
 from .menus import CostMeasure, MenuEntry, Menus, cheaper_front
 
 
@@ -80,9 +81,7 @@ def time_menus(
     return times
 
 
-def _entry_seconds(
-    layer: KernelFactors | MatrixFactors, menu: tuple[MenuEntry, ...], inputs: Tensor, measure: Measure
-) -> list[float]:
+def _entry_seconds(layer: Factors, menu: tuple[MenuEntry, ...], inputs: Tensor, measure: Measure) -> list[float]:
     truncated = [layer.layer(entry.ranks) for entry in menu[:-1]] or [layer.layer(layer.full_ranks)]
     seconds = [choose_plan(one, inputs, "measure", measure).seconds for one in truncated[: len(menu) - 1]]
     # Whatever its ranks, a layer in the plan "dense" is of the dense layer's size.
@@ -90,9 +89,9 @@ def _entry_seconds(
     return [*seconds, statistics.median(dense)]
 
 
-def _inputs(layer: KernelFactors | MatrixFactors, example: Inputs) -> Tensor:
+def _inputs(layer: Factors, example: Inputs) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     like = tree_leaves(example)[0]
     rows = layer.trace.rows * len(like)
     inputs = torch.randn(rows, *layer.trace.input_shape, generator=generator).to(like.device, layer.dtype)
-    return inputs.contiguous(memory_format=torch.channels_last) if inputs.ndim == 4 else inputs
+    return laid_out(inputs, channels_last=True)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from common.compress import HTLayer, factorize, trace_layers
-from common.compress.decompose import factorize_kernel, factorize_matrix
+from common.compress.decompose import factorize_layer
 from common.compress.layers import MATRIX_PLANS, PLANS
 from common.compress.trace import LayerTrace
 from common.configuration import KernelRanks, MatrixRanks
@@ -80,8 +80,8 @@ def small_net(dtype=torch.float32, compressed=True):
     replaced = {}
     for name, ranks in FACTORISED.items():
         layer = model.get_submodule(name)
-        make = factorize_kernel if isinstance(ranks, KernelRanks) else factorize_matrix
-        replaced[layer] = make(name, layer, traces[name], None, "weight").layer(ranks)
+        kernel = isinstance(ranks, KernelRanks)
+        replaced[layer] = factorize_layer(name, layer, traces[name], None, "weight", is_kernel=kernel).layer(ranks)
     return copy_with(model, replaced).eval()
 
 
@@ -145,7 +145,7 @@ def ht_kernel(bias=True):
     torch.manual_seed(0)
     conv = nn.Conv2d(7, 9, 3, padding=1, bias=bias).double()
     trace = LayerTrace((7, 8, 6), (9, 8, 6))
-    return factorize_kernel("conv", conv, trace, None, "weight").layer(KernelRanks(4, 6, 5)).eval()
+    return factorize_layer("conv", conv, trace, None, "weight", is_kernel=True).layer(KernelRanks(4, 6, 5)).eval()
 
 
 FOLDED = {
@@ -279,7 +279,7 @@ def test_plain_kernels_equal_the_layer_in_every_plan(case):
     x = images(2, torch.float64, (7, 11, 12))
     with torch.no_grad():
         trace = trace_layers(nn.Sequential(conv), x)["0"]
-        factors = factorize_kernel("conv", conv, trace, None, "weight")
+        factors = factorize_layer("conv", conv, trace, None, "weight", is_kernel=True)
         layer = factors.layer(KernelRanks(4, 6, 5))
         assert set(layer.plans) == set(PLANS)
         for plan in layer.plans:
@@ -293,7 +293,7 @@ def test_a_linear_layer_behind_a_flatten_ends_in_linear_layers(plan):
     torch.manual_seed(0)
     linear = nn.Linear(7 * 4 * 3, 9).double()
     trace = LayerTrace((84,), (9,), unflatten=(7, 4, 3))
-    layer = factorize_kernel("fc", linear, trace, None, "weight").layer(KernelRanks(4, 6, 5))
+    layer = factorize_layer("fc", linear, trace, None, "weight", is_kernel=True).layer(KernelRanks(4, 6, 5))
     x = torch.randn(3, 84, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     plain = plain_layer(layer, plan)
     with torch.no_grad():
@@ -306,7 +306,7 @@ def test_a_linear_layer_behind_a_flatten_ends_in_linear_layers(plan):
 def test_plain_matrices_equal_the_layer(dense, plan):
     is_linear = isinstance(dense, nn.Linear)
     trace = LayerTrace((8,), (6,)) if is_linear else LayerTrace((8, 5, 4), (6, 3, 2))
-    layer = factorize_matrix("m", dense.double(), trace, None, "weight").layer(MatrixRanks(3))
+    layer = factorize_layer("m", dense.double(), trace, None, "weight", is_kernel=False).layer(MatrixRanks(3))
     x = torch.randn(2, *trace.input_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert relative_error(plain_layer(layer, plan)(x), layer(x)) < 1e-10
