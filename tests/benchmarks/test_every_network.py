@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from benchmarks import every_network
 
 
@@ -14,3 +16,30 @@ def test_a_network_is_a_row_and_a_failure_is_one_too(tmp_path, capsys):
     assert "squeezenet1_1" in (tmp_path / "every-network.md").read_text()
     assert every_network.main([*given[:2], "--size", "8", "--out", str(tmp_path)]) == 1
     assert "error" in capsys.readouterr().out
+
+
+def test_a_stopped_run_goes_on_and_other_settings_begin_again(tmp_path, monkeypatch):
+    tried = []
+
+    def checked(name, size):
+        tried.append((name, size))
+        if len(tried) == 2:
+            raise KeyboardInterrupt
+        return {"network": name, "factorised": 1, "dense": 0, "because": {}, "difference": 0.0, "seconds": 0.0}
+
+    monkeypatch.setattr(every_network, "checked", checked)
+    monkeypatch.setattr(every_network, "provenance", lambda *_: {"git_revision": "abc", "versions": {}})
+    given = ["--models", "resnet18", "timm:resnet18", "--size", "32", "--out", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        every_network.main(given)
+    assert every_network.main(given) == 0
+    assert tried == [("resnet18", 32), ("timm:resnet18", 32), ("timm:resnet18", 32)]
+    assert "1 of torchvision's, 1 of timm's; 0 not" in (tmp_path / "every-network.md").read_text()
+    every_network.main(["48" if word == "32" else word for word in given])
+    assert tried[3:] == [("resnet18", 48), ("timm:resnet18", 48)]
+
+
+def test_a_damaged_table_is_an_error_that_names_it(tmp_path, capsys):
+    (tmp_path / "every-network.json").write_text("{}")
+    assert every_network.main(["--models", "resnet18", "--out", str(tmp_path)]) == 2
+    assert "every-network.json" in capsys.readouterr().err
