@@ -18,6 +18,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
 Batches = Inputs | np.ndarray | Iterable[Any]
 
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""Order of a tensor -> torch's channels-last layout: of maps of two and of three axes."""
+
 
 def run(model: Any, inputs: Inputs) -> Any:
     """The model's output for one batch of inputs."""
@@ -67,8 +70,8 @@ def like_model(inputs: Inputs, model: nn.Module) -> Inputs:
 
 
 def channels_last(inputs: Inputs) -> Inputs:
-    """Feature maps (four axes) in channels-last memory; other tensors as they are."""
-    return tree_map(lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t, inputs)
+    """Feature maps in channels-last memory; tensors of other orders as they are."""
+    return tree_map(lambda t: t.contiguous(memory_format=LAST[t.ndim]) if t.ndim in LAST else t, inputs)
 
 
 def pairs_of(given: Any, argument: str = "data") -> Iterator[tuple[Inputs, Any]]:

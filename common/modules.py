@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from .inputs import Inputs
+from .inputs import LAST, Inputs
 
 ModuleOrTensor = TypeVar("ModuleOrTensor", nn.Module, torch.Tensor)
 
@@ -81,14 +81,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def laid_out(value: ModuleOrTensor, channels_last: bool) -> ModuleOrTensor:
-    """A tensor, or a module whose parameters and buffers are changed, with its maps' channels last, or as torch does.
+    """A tensor, or a module (which is changed), in channels-last memory or in torch's usual one.
 
-    Maps of two and of three axes are laid out; tensors of other orders have no such layout.
+    Unlike `Module.to`, it takes modules with weights of every order: maps of two and of three axes are laid out.
     """
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}
 
     def convert(tensor: torch.Tensor) -> torch.Tensor:
-        layout = last.get(tensor.ndim) if channels_last else None
+        layout = LAST.get(tensor.ndim) if channels_last else None
         return tensor.contiguous(memory_format=layout or torch.contiguous_format)
 
     return value._apply(convert) if isinstance(value, nn.Module) else convert(value)

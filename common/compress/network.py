@@ -58,7 +58,8 @@ def factorize(
     if bases not in BASES:
         raise ValueError(f"bases must be one of {', '.join(BASES)}; got {bases!r}")
     if images is not None and not isinstance(images, Tensor):
-        images = list(batches_of(images))  # read twice: for the shapes and for the moments
+        # Read twice: for the shapes and for the moments. As pairs, since a tuple alone may be several inputs or one.
+        images = [(one, None) for one in batches_of(images)]
     example = _example(model, images, input_shape)
     traces = trace_layers(model, first(example, 1))
     chosen, skipped = choose_layers(model, traces, layers)

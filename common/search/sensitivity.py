@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..compress import ModelFactors, calibrated_outputs
 from ..files import write_text
 from ..inputs import Inputs, channels_last
-from ..modules import copy_with
+from ..modules import copy_with, laid_out
 from ..ranks import MenuEntry, Menus
 from .divergence import Reference
 
@@ -60,7 +60,7 @@ def measured_sensitivity(
     if cache is not None and (known := _read_cache(cache, fingerprint)) is not None:
         return known
     images = channels_last(images)
-    work = copy_with(factors.model, {}).to(memory_format=torch.channels_last)
+    work = laid_out(copy_with(factors.model, {}), channels_last=True)
     with torch.no_grad():
         dense = Reference.of(calibrated_outputs(work, images), kind)
     result = {}
@@ -94,7 +94,7 @@ def _divergence(
 ) -> float:
     original = work.get_submodule(name)
     layer = factors.layers[name].layer(entry.ranks)
-    work.set_submodule(name, layer.to(tree_leaves(images)[0].device, memory_format=torch.channels_last))
+    work.set_submodule(name, laid_out(layer.to(tree_leaves(images)[0].device), channels_last=True))
     try:
         means, stds = factors.output_means(), factors.output_stds()
         own = ({name: means[name]}, {name: stds[name]}) if name in means else ()

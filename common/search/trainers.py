@@ -18,7 +18,7 @@ from ..configuration import Configuration
 from ..finetune import EpochRecord, TrainingDiverged, TrainSettings, TrainState, autocast, distillation, make_optimizer
 from ..inputs import channels_last, like_model, pairs_of, run
 from ..models import load_compressed, save_compressed
-from ..modules import evaluating
+from ..modules import evaluating, laid_out
 
 OnEpoch = Callable[[EpochRecord], bool | None]
 
@@ -84,7 +84,7 @@ class BatchTrainer:
             ValueError: batches without targets, or none at all.
         """
         device = next(self.teacher.parameters()).device
-        model.to(device, memory_format=torch.channels_last)
+        laid_out(model.to(device), channels_last=True)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             for module in model.modules():  # a network frozen as a whole: what is new in it is trained
                 if isinstance(module, HTLayer):
