@@ -46,13 +46,20 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def hooked(model: nn.Module, hooks: Mapping[str, Callable]) -> Iterator[None]:
-    """Inside: the model in eval mode, without gradients, with a forward hook on each of the named layers."""
+def hooked(
+    model: nn.Module, hooks: Mapping[str, Callable], *, before: Mapping[str, Callable] | None = None
+) -> Iterator[None]:
+    """Inside: the model in eval mode, without gradients, with a forward hook on each of the named layers.
+
+    before: likewise hooks that are called before the layer runs.
+    """
     handles = []
     with evaluating(model), torch.no_grad():
         try:
             for name, hook in hooks.items():
                 handles.append(model.get_submodule(name).register_forward_hook(hook))
+            for name, hook in (before or {}).items():
+                handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
             yield
         finally:
             for handle in handles:

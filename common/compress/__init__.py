@@ -8,6 +8,7 @@ from .layers import HTLayer
 from .model_factors import Factors, ModelFactors
 from .network import factorize
 from .recalibration import calibrated_outputs, recalibrate
+from .reconstruction import Targets, reconstruct, reconstructed_outputs
 from .selection import choose_layers
 from .trace import trace_layers
 
@@ -23,11 +24,14 @@ __all__ = [
     "KernelFactors",
     "MatrixFactors",
     "ModelFactors",
+    "Targets",
     "calibrated_outputs",
     "choose_layers",
     "factorize",
     "hsvd",
     "recalibrate",
+    "reconstruct",
+    "reconstructed_outputs",
     "scale_outputs",
     "trace_layers",
 ]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from ..compress import ModelFactors, recalibrate
+from ..compress import ModelFactors, Targets, reconstruct
 from ..configuration import Ranks
 from ..data import Split
 from ..finetune import check_head
@@ -33,7 +33,7 @@ class Screening:
         divergence: mean divergence of the candidate's output from the dense network's on the same images (nats for
             logits, see `divergence`); finer than accuracy, which moves in steps of one image.
         params, flops: of the candidate; FLOPs are multiply-accumulates per image.
-        seconds: wall time of compressing, recalibrating and evaluating.
+        seconds: wall time of compressing, reconstructing and evaluating.
     """
 
     accuracy: float | None
@@ -48,7 +48,7 @@ class Screener:
 
     Args:
         factors: of the dense model.
-        calibration: training images ``(N, C, H, W)``, or several inputs, for batch-norm statistics and biases.
+        calibration: training images ``(N, C, H, W)``, or several inputs, that every layer is fitted on.
         validation: a split, or anything that yields (inputs, targets), that candidates are judged on.
         limit: how many of its samples; the first ones, for every candidate. No more than these are read.
         score: model -> number, higher is better, in place of accuracy.
@@ -67,9 +67,10 @@ class Screener:
         score: Callable[[nn.Module], float] | None = None,
     ) -> None:
         self.factors, self._score = factors, score
-        self._calibration = channels_last(like_model(calibration, factors.model))
+        calibration = channels_last(like_model(calibration, factors.model))
+        self._targets = Targets.of(factors, calibration)
         if isinstance(validation, Split):
-            size = inputs_batch(self._calibration)
+            size = inputs_batch(calibration)
             chosen = validation.batches(size, limit=min(limit, len(validation)))
             pairs = [(batch.images, batch.labels) for batch in chosen]
         else:
@@ -94,16 +95,14 @@ class Screener:
         return self._score is not None
 
     def build(self, config: Mapping[str, Ranks]) -> nn.Module:
-        """The compressed and recalibrated network of a configuration.
+        """The compressed network of a configuration, with its layers fitted to the dense ones'.
 
         It is channels-last: small convolutions run two to five times faster in it on a CPU.
         """
-        factors = self.factors
-        model = laid_out(factors.compress(config), channels_last=True)
-        return recalibrate(model, self._calibration, factors.output_means(), factors.output_stds())
+        return reconstruct(laid_out(self.factors.compress(config), channels_last=True), self._targets)
 
     def screen(self, config: Mapping[str, Ranks]) -> Screening:
-        """Compress, recalibrate, evaluate.
+        """Compress, reconstruct, evaluate.
 
         Raises:
             CandidateFailed: NaN or infinite outputs, or out of memory.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from ..compress import ModelFactors, calibrated_outputs
+from ..compress import ModelFactors, Targets, reconstructed_outputs
 from ..files import write_text
 from ..inputs import Inputs, channels_last
 from ..modules import copy_with, laid_out
@@ -46,9 +46,9 @@ def measured_sensitivity(
 ) -> dict[str, tuple[float, ...]]:
     """Divergence of the network's output with this layer alone compressed, at each entry of its menu.
 
-    Batch norm uses the statistics of `images: (N, C, H, W)` and biases are corrected, as they will be for a candidate.
-    Of each menu, `anchors` entries are measured, one pass each; between them the divergence is interpolated in the
-    layer's output error. Noise is taken out by making it fall monotonically from the cheapest entry to dense.
+    The layer is fitted to the dense one's outputs on `images`, as it will be in a candidate. Of each menu, `anchors`
+    entries are measured, one pass each; between them the divergence is interpolated in the layer's output error. Noise
+    is taken out by making it fall monotonically from the cheapest entry to dense.
 
     Args:
         images: ``(N, C, H, W)``, or several inputs, see `common.inputs`.
@@ -59,15 +59,14 @@ def measured_sensitivity(
     fingerprint = _fingerprint(factors, menus, images, anchors, kind)
     if cache is not None and (known := _read_cache(cache, fingerprint)) is not None:
         return known
-    images = channels_last(images)
+    targets = Targets.of(factors, channels_last(images))
     work = laid_out(copy_with(factors.model, {}), channels_last=True)
-    with torch.no_grad():
-        dense = Reference.of(calibrated_outputs(work, images), kind)
+    dense = Reference.of(reconstructed_outputs(work, targets), kind)
     result = {}
     for name, menu in tqdm(menus.items(), desc="sensitivity", unit="layer", disable=not progress):
         compressed = [entry for entry in menu if entry.ranks is not None]
         picked = sorted({round(i) for i in np.linspace(0, len(compressed) - 1, anchors)}) if compressed else []
-        known = {i: _divergence(factors, work, name, compressed[i], images, dense) for i in picked}
+        known = {i: _divergence(factors, work, name, compressed[i], targets, dense) for i in picked}
         result[name] = _interpolated(menu, known)
     if cache is not None:
         write_text(cache, json.dumps({"fingerprint": fingerprint, "sensitivity": result}, indent=1))
@@ -90,15 +89,13 @@ def blended_sensitivity(menus: Menus, measured: Sensitivities) -> dict[str, tupl
 
 
 def _divergence(
-    factors: ModelFactors, work: nn.Module, name: str, entry: MenuEntry, images: Inputs, dense: Reference
+    factors: ModelFactors, work: nn.Module, name: str, entry: MenuEntry, targets: Targets, dense: Reference
 ) -> float:
     original = work.get_submodule(name)
     layer = factors.layers[name].layer(entry.ranks)
-    work.set_submodule(name, laid_out(layer.to(tree_leaves(images)[0].device), channels_last=True))
+    work.set_submodule(name, laid_out(layer.to(tree_leaves(targets.images)[0].device), channels_last=True))
     try:
-        means, stds = factors.output_means(), factors.output_stds()
-        own = ({name: means[name]}, {name: stds[name]}) if name in means else ()
-        logits = calibrated_outputs(work, images, *own)
+        logits = reconstructed_outputs(work, targets)
     finally:
         work.set_submodule(name, original)
     found = dense.distance(logits)

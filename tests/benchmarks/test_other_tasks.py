@@ -1,4 +1,4 @@
-"""Networks that are no image classifiers go through the one call: several inputs, other axes, a measure of their own."""
+"""Networks that are no image classifiers go through the one call: several inputs, a U-Net with its own measure."""
 
 import json
 

@@ -1,0 +1,227 @@
+"""Layers fitted to the dense network's outputs: nothing changes where nothing was lost, and what is lost shrinks."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from common.compress import HTLayer, Targets, factorize, recalibrate, reconstruct, reconstructed_outputs
+from common.configuration import KernelRanks, MatrixRanks
+from common.modules import copy_with
+
+
+def images(count: int = 48, seed: int = 0) -> Tensor:
+    return torch.randn(count, 3, 10, 9, generator=torch.Generator().manual_seed(seed)) * 2 + 0.5
+
+
+class Net(nn.Module):
+    """Convolutions with a norm, with a bias, with neither, grouped, transposed; a shared layer; a flatten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.biased = nn.Conv2d(16, 20, (3, 1), padding=(2, 0), padding_mode="reflect")
+        self.bare = nn.Conv2d(20, 16, 3, stride=2, padding=1, bias=False)
+        self.shared = nn.Conv2d(16, 16, 3, padding=1)
+        self.grouped = nn.Conv2d(16, 24, 3, padding=1, groups=2)
+        self.up = nn.ConvTranspose2d(24, 8, 3, 2, 1)
+        self.hidden, self.head = nn.Linear(8 * 11 * 9, 40), nn.Linear(40, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.biased(self.norm(self.first(x)).relu()).relu()
+        x = self.bare(x).relu()
+        x = self.shared(self.shared(x).relu()).relu()
+        x = self.up(self.grouped(x).relu()).relu()
+        return self.head(self.hidden(x.flatten(1)).relu())
+
+
+LAYERS = ["first", "biased", "bare", "shared", "grouped", "up", "hidden", "head"]
+
+
+@pytest.fixture(scope="module")
+def dense():
+    torch.manual_seed(0)
+    model = Net()
+    with torch.no_grad():
+        model.norm.running_mean.normal_()
+        model.norm.running_var.uniform_(0.5, 2)
+        model.norm.weight.uniform_(0.5, 2)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def factors(dense):
+    return factorize(dense, images(), layers=LAYERS)
+
+
+@pytest.fixture(scope="module")
+def targets(factors):
+    return Targets.of(factors, images())
+
+
+def halved(factors) -> dict:
+    config = {}
+    for name, full in factors.full_ranks().items():
+        if isinstance(full, MatrixRanks):
+            config[name] = MatrixRanks(max(1, full.rank // 2))
+        else:
+            ends = max(1, full.rank_in // 2), max(1, full.rank_out // 2)
+            config[name] = KernelRanks(ends[0], max(1, min(*ends, full.rank_mid // 2)), ends[1])
+    return config
+
+
+def lost(model: nn.Module, dense: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        expected = dense(x)
+        return float((model.eval()(x) - expected).square().sum() / (expected - expected.mean(0)).square().sum())
+
+
+def difference(one: nn.Module, other: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        expected = one.eval()(x)
+        return float((other.eval()(x) - expected).abs().max() / expected.abs().max())
+
+
+def outputs_of(model: nn.Module, name: str, x: Tensor) -> Tensor:
+    """What a layer puts out at its first call in a pass."""
+    seen: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_hook(lambda *call: seen.append(call[2].clone()))
+    with torch.no_grad():
+        model.eval()(x)
+    handle.remove()
+    return seen[0]
+
+
+def test_at_full_ranks_nothing_changes(dense, factors, targets):
+    model = reconstruct(factors.compress(factors.full_ranks()), targets)
+    assert difference(dense, model, images(16, seed=9)) < 1e-4
+    torch.testing.assert_close(model.norm.running_mean, dense.norm.running_mean, rtol=1e-4, atol=1e-4)
+
+
+def test_the_order_of_the_images_does_not_matter(factors):
+    x = images()
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
+    fitted = [reconstruct(factors.compress(halved(factors)), Targets.of(factors, given)) for given in (x, x[order])]
+    assert difference(*fitted, images(16, seed=9)) < 1e-2
+
+
+def test_a_second_time_changes_next_to_nothing(factors, targets):
+    model = reconstruct(factors.compress(halved(factors)), targets)
+    again = reconstruct(copy_with(model, {}), targets)
+    torch.testing.assert_close(model.norm.running_mean, again.norm.running_mean, rtol=1e-2, atol=1e-2)
+    assert difference(model, again, images(16, seed=9)) < 0.05
+
+
+def test_it_brings_unseen_outputs_nearer_than_truncation_and_recalibration(dense, factors, targets):
+    config, unseen = halved(factors), images(64, seed=9)
+    truncated = lost(factors.compress(config), dense, unseen)
+    matched = recalibrate(factors.compress(config), images(), factors.output_means(), factors.output_stds())
+    fitted = lost(reconstruct(factors.compress(config), targets), dense, unseen)
+    assert fitted < 0.6 * truncated
+    assert fitted < 0.8 * lost(matched, dense, unseen)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_each_layer_alone_errs_less_on_what_it_was_fitted_on(dense, factors, name):
+    """Ridge regression cannot be worse than the factor that it starts from."""
+    x = images()
+    ranks = {name: halved(factors)[name]}
+    targets = Targets.of(factors, x)
+    models = dense, factors.compress(ranks), reconstruct(factors.compress(ranks), targets)
+    expected, truncated, fitted = found = [outputs_of(model, name, x) for model in models]
+    if name == "first":  # its mean is the batch norm's affair
+        expected, truncated, fitted = (one - one.mean((0, 2, 3), keepdim=True) for one in found)
+    errors = [float((one - expected).square().sum()) for one in (truncated, fitted)]
+    assert errors[1] <= errors[0] * (1 + 1e-4)
+    if name != "up":
+        assert errors[1] < 0.999 * errors[0]
+
+
+def test_means_come_back_through_biases_and_norms(dense, factors, targets):
+    model = reconstruct(factors.compress(halved(factors)), targets).eval()
+    x = images()
+    with torch.no_grad():
+        for one in ("norm", "biased"):
+            expected, found = (outputs_of(network, one, x).mean((0, 2, 3)) for network in (dense, model))
+            torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_a_layer_with_neither_bias_nor_norm_gets_its_mean_by_its_weights():
+    """The centred fit would leave the mean where truncation put it, and nothing behind would give it back."""
+    torch.manual_seed(3)
+    dense = nn.Sequential(nn.Linear(64, 48, bias=False)).eval()
+    x = torch.randn(256, 64) @ torch.diag(torch.linspace(2, 0.1, 64)) + 3
+    factors = factorize(dense, x, layers=["0"])
+    config = {"0": MatrixRanks(8)}
+    before = lost(factors.compress(config), dense, x)
+    after = lost(reconstruct(factors.compress(config), Targets.of(factors, x)), dense, x)
+    assert after < 0.5 * before
+
+
+def test_the_outputs_of_the_pass_are_those_of_the_fitted_network(factors, targets):
+    model = factors.compress(halved(factors))
+    given = reconstructed_outputs(model, targets)
+    with torch.no_grad():
+        again = model.eval()(targets.images)
+    # A shared layer's later calls, and norms, see what was fitted at the first one.
+    torch.testing.assert_close(given, again, rtol=1e-3, atol=1e-3)
+
+
+def test_flags_hooks_and_the_dense_network_stay(dense, factors):
+    state = {name: value.clone() for name, value in dense.state_dict().items()}
+    model = factors.compress(halved(factors)).train()
+    reconstruct(model, Targets.of(factors, images()))
+    assert all(module.training for module in model.modules())
+    assert not any(
+        module._forward_pre_hooks or module._forward_hooks for module in (*model.modules(), *dense.modules())
+    )
+    assert all(torch.equal(value, state[name]) for name, value in dense.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_activations_that_are_not_finite_are_left_for_the_evaluation_to_see(factors, targets):
+    model = factors.compress(halved(factors))
+    with torch.no_grad():
+        model.first.stages[0].weight.fill_(torch.inf)
+    assert not torch.isfinite(reconstructed_outputs(model, targets)).all()
+
+
+def test_layers_that_put_out_nothing_are_no_obstacle(dense, factors):
+    model = copy_with(dense, {})
+    with torch.no_grad():
+        model.biased.weight.zero_()
+        model.biased.bias.zero_()
+    own = factorize(model, images(), layers=LAYERS)
+    fitted = reconstruct(own.compress(own.full_ranks()), Targets.of(own, images()))
+    assert difference(model, fitted, images(8, seed=9)) < 1e-3
+
+
+def test_no_more_images_than_fit_into_memory_go_through_at_once(factors, monkeypatch):
+    monkeypatch.setattr("common.compress.reconstruction.MOST_VALUES", 10 * 20 * 12 * 9)
+    found = Targets.of(factors, images())
+    assert len(found.images) == 10
+    assert torch.equal(found.images, images()[:10])
+
+
+def test_few_rows_are_not_fitted_by_heart():
+    """As many unknowns as images: the fit that is perfect on them would be worthless on others."""
+    generator = torch.Generator().manual_seed(5)
+    spectrum = torch.linspace(2, 0.5, 96)
+    torch.manual_seed(5)
+    dense = nn.Sequential(nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
+    x, unseen = (torch.randn(n, 96, generator=generator) * spectrum for n in (48, 512))
+    factors = factorize(dense, x, layers=["0", "2"])
+    for rank in (16, 40, 60):
+        config = {"0": MatrixRanks(rank), "2": MatrixRanks(rank)}
+        truncated = lost(factors.compress(config), dense, unseen)
+        assert lost(reconstruct(factors.compress(config), Targets.of(factors, x)), dense, unseen) < 1.02 * truncated
+
+
+def test_half_precision_networks_are_fitted_in_wider_sums():
+    torch.manual_seed(4)
+    dense = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)).to(torch.bfloat16).eval()
+    x = images().to(torch.bfloat16)
+    factors = factorize(dense, x)
+    config = halved(factors)
+    plain = lost(factors.compress(config), dense, x)
+    assert lost(reconstruct(factors.compress(config), Targets.of(factors, x)), dense, x) < plain
+    assert {type(m) for m in factors.compress(config).modules()} >= {HTLayer}
