@@ -4,7 +4,7 @@
 
 A classic rule (uniform, energy, vbmf) looks at the weights' singular values and proposes one configuration per budget.
 A sampler (policy, tpe, random, nsga2) proposes --evaluations of them, and the best when screened is taken. All are
-compressed with the same data-aware factors, recalibrated alike and fine-tuned alike. The ablation screens the policy's
+compressed with the same data-aware factors, reconstructed alike and fine-tuned alike. The ablation screens the policy's
 most probable configuration with one thing taken away at a time. All seeds share the baseline and its split; a seed
 decides the calibration images, the samplers' draws and the order of fine-tuning's batches.
 
@@ -32,7 +32,7 @@ if __package__ in (None, ""):
 
 from benchmarks.rank_selection_report import write_report
 from common import data
-from common.compress import ModelFactors, factorize
+from common.compress import ModelFactors, factorize, recalibrate
 from common.configuration import Configuration
 from common.files import exclusive, write_text
 from common.finetune import TrainingDiverged, TrainSettings, baseline, evaluate, teacher_logits, train
@@ -59,7 +59,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "policy, whole": {},
     "bases from the input alone": {"bases": "input"},
     "bases from the weights alone": {"bases": "weight"},
-    "no recalibration": {"recalibrated": False},
+    "means and scales given back, no fit": {"correction": "recalibrate"},
+    "truncated, nothing given back": {"correction": "none"},
     "size heuristic off": {"use_size": False},
     "sensitivity off": {"use_sensitivity": False},
     "sensitivity: measured divergence alone": {"sensitivity": "measured"},
@@ -143,11 +144,16 @@ def sampler_choice(
     return best["config"], found, evaluations
 
 
-def ablation_choice(bench: Bench, budget: float, *, bases: str = "both", recalibrated: bool = True, **switches) -> Any:
+def ablation_choice(
+    bench: Bench, budget: float, *, bases: str = "both", correction: str = "reconstruct", **switches
+) -> Any:
     """What the policy's most probable configuration screens at, with one thing taken away."""
     config = configuration(bench.menus, bench.policy(budget, **switches).mode())
-    if not recalibrated:
-        model = bench.factors(bases).compress(config)
+    if correction != "reconstruct":
+        factors = bench.factors(bases)
+        model = factors.compress(config)
+        if correction == "recalibrate":
+            recalibrate(model, bench.images, factors.output_means(), factors.output_stds())
         found = evaluate(model, bench.dataset.val, limit=bench.options.screen)
         return config, found.accuracy
     screener = bench.screener if bases == "both" else bench.make_screener(bases)

@@ -34,7 +34,7 @@ class SearchKnobs:
         candidates: screened per budget.
         sampler: policy, tpe, random or nsga2.
         sensitivity: blended, measured or proxy; see `common.search.sensitivity`.
-        calibration_images: training images for moments, batch norm and biases.
+        calibration_images: training images for moments and for the fits of the layers.
         screen_images: validation images that a candidate is screened on.
         promote: candidates fine-tuned per budget, before halving.
         tolerance: accuracy that an accepted candidate may lose.

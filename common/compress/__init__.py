@@ -7,7 +7,7 @@ from .htucker import DimensionTree, HTucker, hsvd
 from .layers import HTLayer
 from .model_factors import Factors, ModelFactors
 from .network import factorize
-from .recalibration import calibrated_outputs, recalibrate
+from .recalibration import recalibrate
 from .reconstruction import Targets, reconstruct, reconstructed_outputs
 from .selection import choose_layers
 from .trace import trace_layers
@@ -25,7 +25,6 @@ __all__ = [
     "MatrixFactors",
     "ModelFactors",
     "Targets",
-    "calibrated_outputs",
     "choose_layers",
     "factorize",
     "hsvd",

@@ -43,7 +43,7 @@ class LayerFactors:
         trace: its input and output shapes.
         dtype: floating type of the dense layer, and of the layers that are made; the factors are in float32 or wider.
         output_mean, output_std: mean and standard deviation of the dense layer's output per channel ``(C_out,)``, the
-            targets of recalibration; None without calibration images.
+            targets of `recalibrate`; None without calibration images.
     """
 
     name: str

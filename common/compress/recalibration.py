@@ -1,4 +1,4 @@
-"""Bring a compressed network's statistics back to where the dense network's were, without any training.
+"""Give back statistics alone: what `reconstruction` is compared with, and batch norm estimated anew.
 
 Truncation shifts the mean and the scale of what a layer puts out. Networks with batch norm absorb both by having their
 running statistics estimated again; layers with a bias get the dense layer's mean output per channel back, and its
