@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ..checked import check_fields
 
 UNNORMALISED = ("alexnet", "squeezenet1_0", "squeezenet1_1", "vgg11", "vgg13", "vgg16", "vgg19")
 """torchvision's networks without normalisation layers: they need smaller steps to get going."""
@@ -12,45 +17,47 @@ SMALL_DATA, MEDIUM_DATA = 5_000, 10_000
 """Training images below which batches of 32 and of 64 are taken: batches of 128 would leave too few steps."""
 
 
+Count = Annotated[int, Field(ge=1, description="at least 1")]
+Share = Annotated[float, Field(ge=0, lt=1, description="in [0, 1)")]
+Positive = Annotated[float, Field(gt=0, description="positive")]
+
+
 @dataclass(frozen=True)
 class TrainSettings:
-    """How to train. The learning rate warms up linearly, then falls to zero along a cosine, batch by batch."""
+    """How to train. The learning rate warms up linearly, then falls to zero along a cosine, batch by batch.
 
-    epochs: int = 3
-    batch_size: int = 128
-    learning_rate: float = 0.05  # the highest one
-    weight_decay: float = 5e-4  # not applied to biases and norms
-    optimizer: str = "sgd"  # "sgd" (Nesterov momentum 0.9) or "adamw"
-    warmup: float = 0.2  # share of all batches
-    label_smoothing: float = 0.0
-    clip_norm: float | None = 5.0  # largest norm of the whole gradient
-    seed: int = 0
-    max_batches_per_epoch: int | None = None
+    Attributes:
+        learning_rate: the highest one.
+        weight_decay: not applied to biases and norms.
+        optimizer: sgd (Nesterov momentum 0.9) or adamw.
+        warmup: share of all batches.
+        clip_norm: largest norm of the whole gradient; None: any.
+        val_images: evaluated after each epoch, the first of the validation split; None: all.
+        amp: bfloat16 autocast; None: on CUDA, and on processors that have bfloat16.
+        distill_weight: share of the loss that comes from the teacher.
+
+    Raises:
+        ValueError: a value of the wrong type or out of its range.
+    """
+
+    epochs: Count = 3
+    batch_size: Annotated[int, Field(ge=2, description="at least 2")] = 128
+    learning_rate: Positive = 0.05
+    weight_decay: Annotated[float, Field(ge=0, description="0 or more")] = 5e-4
+    optimizer: Annotated[Literal["sgd", "adamw"], Field(description="'sgd' or 'adamw'")] = "sgd"
+    warmup: Share = 0.2
+    label_smoothing: Share = 0.0
+    clip_norm: Annotated[float | None, Field(gt=0, description="positive or None")] = 5.0
+    seed: Annotated[int, Field(ge=0, lt=2**63, description="0 or more")] = 0
+    max_batches_per_epoch: Annotated[int | None, Field(ge=1, description="at least 1 or None")] = None
     augment: bool = True
-    val_images: int | None = None  # evaluated after each epoch, the first of the validation split; None: all
-    amp: bool | None = None  # bfloat16 autocast; None: on CUDA, and on processors that have bfloat16
-    distill_weight: float = 0.0  # share of the loss that comes from the teacher
-    distill_temperature: float = 4.0
+    val_images: Annotated[int | None, Field(ge=1, description="at least 1 or None")] = None
+    amp: bool | None = None
+    distill_weight: Annotated[float, Field(ge=0, le=1, description="in [0, 1]")] = 0.0
+    distill_temperature: Positive = 4.0
 
-    def __post_init__(self):
-        batches = self.max_batches_per_epoch
-        rules = {
-            "epochs": (self.epochs >= 1, "at least 1"),
-            "batch_size": (self.batch_size >= 2, "at least 2"),
-            "learning_rate": (self.learning_rate > 0, "positive"),
-            "weight_decay": (self.weight_decay >= 0, "0 or more"),
-            "optimizer": (self.optimizer in ("sgd", "adamw"), "'sgd' or 'adamw'"),
-            "warmup": (0 <= self.warmup < 1, "in [0, 1)"),
-            "label_smoothing": (0 <= self.label_smoothing < 1, "in [0, 1)"),
-            "clip_norm": (self.clip_norm is None or self.clip_norm > 0, "positive or None"),
-            "max_batches_per_epoch": (batches is None or batches >= 1, "at least 1 or None"),
-            "val_images": (self.val_images is None or self.val_images >= 1, "at least 1 or None"),
-            "distill_weight": (0 <= self.distill_weight <= 1, "in [0, 1]"),
-            "distill_temperature": (self.distill_temperature > 0, "positive"),
-        }
-        for name, (legal, rule) in rules.items():
-            if not legal:
-                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}")
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def learning_rate_at(self, step: int, total: int) -> float:
         """Learning rate of batch `step` (from 0) out of `total`."""

@@ -310,7 +310,7 @@ def test_labels_that_do_not_fit_the_head_are_refused(digits):
 )
 def test_settings_out_of_range_are_named(wrong):
     (name, value), *_ = wrong.items()
-    with pytest.raises(ValueError, match=f"{name} must be .*, got {value!r}"):
+    with pytest.raises(ValueError, match=f"{name} must be .*; got {value!r}"):
         TrainSettings(**wrong)
 
 
@@ -398,7 +398,7 @@ def test_checkpoint_names_are_plain():
         (["--model", "resnet99"], "unknown model 'resnet99'"),
         (["--dataset", "numbers"], "unknown data set 'numbers'"),
         (["--model", "all", "--image-size", "32"], "alexnet cannot take 32 x 32"),
-        (["--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["--epochs", "0"], "epochs must be at least 1; got 0"),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
         (["--device", "warp"], "device 'warp' cannot be used"),
         (["--dataset", "folder:nowhere"], "nowhere/train is not a folder"),
