@@ -34,6 +34,24 @@ def check_fields(settings: Any) -> None:
         object.__setattr__(settings, name, getattr(checked, name))
 
 
+def said(error: ValidationError) -> str:
+    """The first of what a pydantic model found wrong, in one line: the field, what is legal, the value."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    # Alternatives of a type (int or float, or None) are steps of the path too; fields and places are what helps.
+    place = ".".join(str(step) for step in first["loc"] if "[" not in str(step) and step not in ("int", "float", "str"))
+    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+    return f"has {place or 'a value'} {short(first['input'])}: {message}"
+
+
+def short(value: Any) -> str:
+    """A value for a message, of 60 characters at most."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of more digits than Python prints, or endless nesting
+        return f"of type {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def from_text(value: Any) -> Any:
     """A list, or a number, that came as text, as papermill's `-p BUDGETS [0.3]` gives it; other things as they are."""
     if not isinstance(value, str):

@@ -4,7 +4,7 @@ from .factors import KernelFactors, MatrixFactors
 from .geometry import CONVOLUTIONS, TRANSPOSED, Geometry, scale_outputs
 from .grouped import GroupedFactors
 from .htucker import DimensionTree, HTucker, hsvd
-from .layers import HTLayer
+from .layers import STAGES, HTLayer
 from .model_factors import Factors, ModelFactors
 from .network import factorize
 from .recalibration import recalibrate
@@ -14,6 +14,7 @@ from .trace import trace_layers
 
 __all__ = [
     "CONVOLUTIONS",
+    "STAGES",
     "TRANSPOSED",
     "DimensionTree",
     "Factors",

@@ -6,14 +6,15 @@ linear layer, identity, flatten, unflatten and sequences of them. Data from a fi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import nn
 
-from ..compress import CONVOLUTIONS, TRANSPOSED, Geometry, HTLayer
+from ..checked import said
+from ..compress import CONVOLUTIONS, STAGES, TRANSPOSED, Geometry, HTLayer
 
 LARGEST = 2**24
 """Upper limit of every size in a description; a layer of a CNN stays far below it."""
@@ -23,8 +24,6 @@ LARGEST_STEP = 1024
 
 LONGEST = 8
 """Most modules in a sequence: four stages, and what goes between them."""
-
-PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 Spec = dict[str, Any]
 
@@ -106,154 +105,158 @@ def describe(module: nn.Module, name: str) -> Spec:
     )
 
 
-def build(spec: Mapping[str, Any]) -> nn.Module:
+def build(spec: Any) -> nn.Module:
     """The module described, with meta tensors for parameters: nothing is allocated.
 
     Raises:
         ValueError: a value that is missing, of the wrong type or out of range; the message says which.
     """
-    kind = _field(spec, "kind")
-    builders = {
-        "factorised": _factorised,
-        "sequence": _sequence,
-        "convolution": _convolution,
-        "linear": _linear,
-        "unflatten": lambda s: nn.Unflatten(1, tuple(_sizes(s, "sizes", 3))),
-        "flatten": lambda _: nn.Flatten(),
-        "identity": lambda _: nn.Identity(),
-    }
-    if not isinstance(kind, str) or kind not in builders:
-        raise ValueError(f"kind must be one of {', '.join(builders)}; got {_short(kind)}")
+    problem = None
+    try:
+        part = _PART.validate_python(spec)
+    except ValidationError as error:
+        problem = said(error)
+    if problem is not None:
+        raise ValueError(f"its description {problem}")
     with torch.device("meta"):
-        return builders[kind](spec)
+        return part.build()
 
 
-def _factorised(spec: Mapping[str, Any]) -> HTLayer:
-    groups, shapes = _field(spec, "groups"), _field(spec, "shapes")
-    lists = isinstance(groups, list) and isinstance(shapes, list) and len(groups) == len(shapes)
-    if not lists or not 1 <= len(groups) <= 4 or not all(isinstance(group, list) for group in groups):
-        raise ValueError(f"groups and shapes must be lists of one length, up to 4; got {_short(groups)}")
-    names = [tuple(str(stage) for stage in group) for group in groups]
-    order = 4 if "row" in sum(names, ()) else 2
-    geometry = _geometry(_field(spec, "geometry"))
-    weights = {}
-    for place, group in enumerate(names):
-        shape = _sizes({"shapes": shapes[place]}, "shapes", order)
-        if order == 4 and geometry.unflatten is None:
-            windowless = [size for stage, size in zip(("row", "col"), shape[2:], strict=True) if stage not in group]
-            if any(size != 1 for size in windowless):
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+Size = Annotated[int, Field(ge=1, le=LARGEST)]
+Step = Annotated[int, Field(ge=1, le=LARGEST_STEP)]
+Width = Annotated[int, Field(ge=0, le=LARGEST_STEP)]
+Steps = Annotated[list[Step], Field(min_length=1, max_length=3)]
+Widths = Annotated[list[Width], Field(min_length=1, max_length=3)]
+Padding = Literal["same", "valid"] | Widths
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+
+
+def _same_axes(*settings: Any) -> None:
+    """Raise ValueError unless all lists among the settings are of one length: an entry per axis."""
+    lengths = {len(values) for values in settings if isinstance(values, list)}
+    if len(lengths) > 1:
+        raise ValueError(f"its settings are for windows of {' and of '.join(map(str, sorted(lengths)))} axes")
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class _Geometry(_Strict):
+    """See `Geometry`; what files of earlier versions do not have is as it was then: two axes, no groups."""
+
+    stride: Steps
+    padding: Padding
+    dilation: Steps
+    padding_mode: PaddingMode
+    unflatten: Annotated[list[Size], Field(min_length=3, max_length=3)] | None = None
+    linear: bool
+    groups: Size = 1
+    transposed: bool = False
+    output_padding: Widths | None = None
+    window: Steps | None = None
+
+    def build(self) -> Geometry:
+        _same_axes(self.stride, self.padding, self.dilation, self.output_padding, self.window)
+        return Geometry(**{name: _plain(getattr(self, name)) for name in type(self).model_fields})
+
+
+class _Factorised(_Strict):
+    kind: Literal["factorised"]
+    groups: Annotated[list[list[str]], Field(min_length=1, max_length=len(STAGES))]
+    shapes: Annotated[list[list[Size]], Field(min_length=1, max_length=len(STAGES))]
+    bias: bool
+    geometry: _Geometry
+
+    def build(self) -> HTLayer:
+        if len(self.groups) != len(self.shapes):
+            raise ValueError(f"groups and shapes must be of one length; got {len(self.groups)} and {len(self.shapes)}")
+        names = [tuple(group) for group in self.groups]
+        geometry = self.geometry.build()
+        order = 4 if "row" in sum(names, ()) else 2
+        for group, shape in zip(names, self.shapes, strict=True):
+            if len(shape) != order:
+                raise ValueError(f"the stages {group} must have a weight of {order} axes; got {shape}")
+            outside = [size for stage, size in zip(("row", "col"), shape[2:], strict=False) if stage not in group]
+            if geometry.unflatten is None and any(size != 1 for size in outside):
                 raise ValueError(f"the stages {group} cannot have a weight of shape {shape}")
-        if shape[0] % geometry.groups:
-            raise ValueError(f"the stages {group} have {shape[0]} outputs, no multiple of {geometry.groups} groups")
-        weights[group] = torch.empty(shape)
-    bias = torch.empty(next(reversed(weights.values())).shape[0]) if _flag(spec, "bias") else None
-    return HTLayer(weights, bias, geometry)
+            if shape[0] % geometry.groups:
+                raise ValueError(f"the stages {group} have {shape[0]} outputs, no multiple of {geometry.groups} groups")
+        weights = {group: torch.empty(shape) for group, shape in zip(names, self.shapes, strict=True)}
+        return HTLayer(weights, torch.empty(self.shapes[-1][0]) if self.bias else None, geometry)
 
 
-def _geometry(spec: Any) -> Geometry:
-    if not isinstance(spec, Mapping):
-        raise ValueError(f"geometry must be an object; got {_short(spec)}")
-    axes = _axes(spec, "stride")
-    given = {key: value for key, value in spec.items() if value is not None}
-    return Geometry(
-        stride=_per_axis(spec, "stride", axes),
-        padding=_padding(spec, axes),
-        dilation=_per_axis(spec, "dilation", axes),
-        padding_mode=_choice(spec, "padding_mode", PADDING_MODES),
-        unflatten=tuple(_sizes(spec, "unflatten", 3)) if "unflatten" in given else None,
-        linear=_flag(spec, "linear"),
-        # Absent in files of earlier versions, which had two axes and no groups.
-        groups=_size(spec, "groups") if "groups" in given else 1,
-        transposed=_flag(spec, "transposed") if "transposed" in given else False,
-        output_padding=_per_axis(spec, "output_padding", axes, 0) if "output_padding" in given else None,
-        window=_per_axis(spec, "window", axes) if "window" in given else None,
-    )
+class _Convolution(_Strict):
+    kind: Literal["convolution"]
+    inputs: Annotated[Size, Field(alias="in")]
+    outputs: Annotated[Size, Field(alias="out")]
+    kernel: Steps
+    stride: Steps
+    padding: Padding
+    dilation: Steps
+    groups: Size
+    bias: bool
+    padding_mode: PaddingMode
+    transposed: bool = False
+    output_padding: Widths | None = None
+
+    def build(self) -> nn.Module:
+        _same_axes(self.kernel, self.stride, self.padding, self.dilation, self.output_padding)
+        names = ("stride", "padding", "dilation", "groups", "bias", "padding_mode")
+        options = {name: _plain(getattr(self, name)) for name in names}
+        if self.transposed:
+            options["output_padding"] = tuple(self.output_padding or [0] * len(self.kernel))
+        kind = (TRANSPOSED if self.transposed else CONVOLUTIONS)[len(self.kernel) - 1]
+        return kind(self.inputs, self.outputs, tuple(self.kernel), **options)
 
 
-def _sequence(spec: Mapping[str, Any]) -> nn.Sequential:
-    parts = _field(spec, "modules")
-    if not isinstance(parts, list) or not 1 <= len(parts) <= LONGEST:
-        raise ValueError(f"modules must be a list of 1 to {LONGEST}; got {_short(parts)}")
-    if any(isinstance(part, Mapping) and part.get("kind") == "sequence" for part in parts):
-        raise ValueError("a sequence cannot hold a sequence")
-    return nn.Sequential(*(build(part) for part in parts))
+class _Linear(_Strict):
+    kind: Literal["linear"]
+    inputs: Annotated[Size, Field(alias="in")]
+    outputs: Annotated[Size, Field(alias="out")]
+    bias: bool
+
+    def build(self) -> nn.Linear:
+        return nn.Linear(self.inputs, self.outputs, bias=self.bias)
 
 
-def _convolution(spec: Mapping[str, Any]) -> nn.Module:
-    axes = _axes(spec, "kernel")
-    transposed = _flag(spec, "transposed") if "transposed" in spec else False
-    more = {"output_padding": _per_axis(spec, "output_padding", axes, 0)} if transposed else {}
-    return (TRANSPOSED if transposed else CONVOLUTIONS)[axes - 1](
-        _size(spec, "in"),
-        _size(spec, "out"),
-        _per_axis(spec, "kernel", axes),
-        stride=_per_axis(spec, "stride", axes),
-        padding=_padding(spec, axes),
-        dilation=_per_axis(spec, "dilation", axes),
-        groups=_size(spec, "groups"),
-        bias=_flag(spec, "bias"),
-        padding_mode=_choice(spec, "padding_mode", PADDING_MODES),
-        **more,
-    )
+class _Unflatten(_Strict):
+    kind: Literal["unflatten"]
+    sizes: Annotated[list[Size], Field(min_length=3, max_length=3)]
+
+    def build(self) -> nn.Unflatten:
+        return nn.Unflatten(1, tuple(self.sizes))
 
 
-def _linear(spec: Mapping[str, Any]) -> nn.Linear:
-    return nn.Linear(_size(spec, "in"), _size(spec, "out"), bias=_flag(spec, "bias"))
+class _Flatten(_Strict):
+    kind: Literal["flatten"]
+
+    def build(self) -> nn.Flatten:
+        return nn.Flatten()
 
 
-def _field(spec: Any, key: str) -> Any:
-    if not isinstance(spec, Mapping) or key not in spec:
-        raise ValueError(f"{key!r} is missing in {_short(spec)}")
-    return spec[key]
+class _Identity(_Strict):
+    kind: Literal["identity"]
+
+    def build(self) -> nn.Identity:
+        return nn.Identity()
 
 
-def _size(spec: Mapping[str, Any], key: str, lowest: int = 1, most: int = LARGEST) -> int:
-    value = _field(spec, key)
-    if type(value) is not int or not lowest <= value <= most:
-        raise ValueError(f"{key} must be a whole number in {lowest}..{most}; got {_short(value)}")
-    return value
+_One = _Factorised | _Convolution | _Linear | _Unflatten | _Flatten | _Identity
 
 
-def _sizes(spec: Mapping[str, Any], key: str, count: int, lowest: int = 1, most: int = LARGEST) -> list[int]:
-    values = _field(spec, key)
-    if not isinstance(values, (list, tuple)) or len(values) != count:
-        raise ValueError(f"{key} must be a list of {count} whole numbers; got {_short(values)}")
-    return [_size({key: value}, key, lowest, most) for value in values]
+class _Sequence(_Strict):
+    """Modules in a row; a sequence cannot hold a sequence."""
+
+    kind: Literal["sequence"]
+    modules: Annotated[list[Annotated[_One, Field(discriminator="kind")]], Field(min_length=1, max_length=LONGEST)]
+
+    def build(self) -> nn.Sequential:
+        return nn.Sequential(*(part.build() for part in self.modules))
 
 
-def _axes(spec: Mapping[str, Any], key: str) -> int:
-    """How many axes a convolution has, by the length of one of its settings."""
-    values = _field(spec, key)
-    if not isinstance(values, (list, tuple)) or len(values) not in (1, 2, 3):
-        raise ValueError(f"{key} must be a list of 1 to 3 whole numbers; got {_short(values)}")
-    return len(values)
-
-
-def _per_axis(spec: Mapping[str, Any], key: str, axes: int, lowest: int = 1) -> tuple[int, ...]:
-    return tuple(_sizes(spec, key, axes, lowest, LARGEST_STEP))
-
-
-def _padding(spec: Mapping[str, Any], axes: int) -> tuple[int, ...] | str:
-    value = _field(spec, "padding")
-    if isinstance(value, str):
-        return _choice(spec, "padding", ("same", "valid"))
-    return _per_axis(spec, "padding", axes, 0)
-
-
-def _choice(spec: Mapping[str, Any], key: str, allowed: tuple[str, ...]) -> str:
-    value = _field(spec, key)
-    if value not in allowed:
-        raise ValueError(f"{key} must be one of {', '.join(allowed)}; got {_short(value)}")
-    return value
-
-
-def _flag(spec: Mapping[str, Any], key: str) -> bool:
-    value = _field(spec, key)
-    if type(value) is not bool:
-        raise ValueError(f"{key} must be true or false; got {_short(value)}")
-    return value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+_PART: TypeAdapter[Any] = TypeAdapter(Annotated[_One | _Sequence, Field(discriminator="kind")])

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError
 
+from ..checked import said, short
 from ..configuration import parse_config_str
 
 STATUSES = ("screened", "fine-tuned", "failed")
@@ -121,7 +122,7 @@ def problem(kind: type[BaseModel], content: Any) -> str | None:
     try:
         kind.model_validate(content)
     except ValidationError as error:
-        return _said(error)
+        return said(error)
     except RecursionError:
         return "is nested too deeply"
     return None
@@ -132,26 +133,9 @@ def record_problem(record: Any) -> str | None:
     if not isinstance(record, dict):
         return f"is a {type(record).__name__}, not a JSON object"
     if record.get("status") not in (None, *STATUSES):
-        return f"has status {_short(record['status'])}, expected one of {', '.join(STATUSES)}"
+        return f"has status {short(record['status'])}, expected one of {', '.join(STATUSES)}"
     if record.get("status") == "failed":
         return problem(FailedRecord, record)
     missing = [key for key in REQUIRED if key not in record]
     kind = ScoredRecord if "metric" in record else CandidateRecord
     return f"lacks {', '.join(missing)}" if missing else problem(kind, record)
-
-
-def _said(error: ValidationError) -> str:
-    """The first of what is wrong: the field, the value, what is legal."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    # Alternatives of a type (int or float, or None) are steps of the path too; fields and places are what helps.
-    place = ".".join(str(step) for step in first["loc"] if "[" not in str(step) and step not in ("int", "float", "str"))
-    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
-    return f"has {place or 'a value'} {_short(first['input'])}: {message}"
-
-
-def _short(value: Any) -> str:
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # a number of more digits than Python prints, or endless nesting
-        return f"of type {type(value).__name__}"
-    return text if len(text) <= 60 else f"{text[:57]}..."
