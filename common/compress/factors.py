@@ -126,6 +126,7 @@ class KernelFactors(LayerFactors):
     unwhiten_col: Tensor = field(repr=False)
     expand: Tensor = field(repr=False)
     _cache: dict = field(default_factory=dict, repr=False, compare=False)
+    _plans: dict = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -148,9 +149,11 @@ class KernelFactors(LayerFactors):
         limit = min(ranks.rank_in * k_h, k_w * ranks.rank_out)
         self._check_rank(f"rank_mid at rank_in {ranks.rank_in} and rank_out {ranks.rank_out}", ranks.rank_mid, limit)
 
-    def truncated(self, ranks: KernelRanks) -> dict[tuple[str, ...], Tensor]:
-        """Stage group -> weight ``(o, i, h, w)`` of the finest plan that these ranks call for."""
-        return merge_stages(self._chain(ranks), self.groups(ranks))
+    def truncated(
+        self, ranks: KernelRanks, groups: Sequence[tuple[str, ...]] | None = None
+    ) -> dict[tuple[str, ...], Tensor]:
+        """Stage group -> weight ``(o, i, h, w)``, of the plan of fewest FLOPs at these ranks, or of the given one."""
+        return merge_stages(self._chain(ranks), groups or self.groups(ranks))
 
     def as_htucker(self, ranks: KernelRanks) -> HTucker:
         """The truncated kernel ``(C_out, C_in, k_h, k_w)`` as the hierarchical Tucker tensor that its stages are.
@@ -213,19 +216,24 @@ class KernelFactors(LayerFactors):
         return (basis, basis.T @ core) if side == "left" else (core @ basis, basis.T)
 
     def groups(self, ranks: KernelRanks) -> tuple[tuple[str, ...], ...]:
-        """The stages that stay apart: a leaf basis that is whole, or beside a window of size one, is merged."""
-        c_out, c_in, k_h, k_w = self.shape
-        merge_in = ranks.rank_in == c_in or k_h == 1
-        merge_out = ranks.rank_out == c_out or k_w == 1
-        names = {(False, False): "chain", (True, False): "output-chain", (False, True): "input-chain"}
-        return PLANS[names.get((merge_in, merge_out), "separable")]
+        """The stages that stay apart: of all contractions, which compute the same, the one of fewest FLOPs.
+
+        An edge that is not cut, or hardly, costs more than the two stages beside it in one: Tucker-2, two factors and
+        a separable pair are trees with such edges.
+        """
+        if ranks not in self._plans:
+            self._plans[ranks] = min(PLANS.values(), key=lambda groups: self._costs(ranks, groups))
+        return self._plans[ranks]
+
+    def _costs(self, ranks: KernelRanks, groups: Sequence[tuple[str, ...]]) -> tuple[int, int, int]:
+        return self.flops(ranks, groups), sum(self._group_sizes(ranks, groups)), len(groups)
 
     def params(self, ranks: KernelRanks) -> int:
         """Parameters of the truncated layer, bias included."""
         return sum(self._group_sizes(ranks, self.groups(ranks))) + self._bias_params
 
     def flops(self, ranks: KernelRanks, groups: Sequence[tuple[str, ...]] | None = None) -> int:
-        """Multiply-accumulates of the truncated layer for one image, in its finest plan or in the given one."""
+        """Multiply-accumulates of the truncated layer for one image, in its cheapest plan or in the given one."""
         groups = groups or self.groups(ranks)
         sizes = self._group_sizes(ranks, groups)
         total = 0

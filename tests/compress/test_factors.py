@@ -1,5 +1,6 @@
 """One layer's factors: exact at full ranks, optimal where they claim it, and counted by formulas that hold."""
 
+import itertools
 import math
 
 import pytest
@@ -13,9 +14,10 @@ from common.compress import KernelFactors, MatrixFactors, factorize
 from common.compress.decompose import BASES, WHITENING_FLOOR
 from common.compress.factors import KERNEL_TREE
 from common.compress.htucker import error_bound, mode_product, node_singular_values
-from common.compress.layers import merge_stages
+from common.compress.layers import PLANS, merge_stages
 from common.configuration import KernelRanks, MatrixRanks
 from common.cost import count_flops, count_params
+from common.deploy.plans import plan_flops
 from common.ranks import build_menus
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -343,28 +345,43 @@ def test_the_data_aware_input_basis_is_orthonormal_for_whitened_inputs():
 
 
 def test_asymmetric_ranks_end_up_on_their_own_edges():
-    layer = only_factors(built("3x5"), correlated_images()).layer(KernelRanks(rank_in=2, rank_mid=5, rank_out=4))
+    layer = only_factors(built("3x5"), correlated_images()).layer(KernelRanks(rank_in=2, rank_mid=3, rank_out=2))
     assert [tuple(stage.weight.shape) for stage in layer.stages] == [
         (2, 6, 1, 1),
-        (5, 2, 3, 1),
-        (4, 5, 1, 5),
-        (7, 4, 1, 1),
+        (3, 2, 3, 1),
+        (2, 3, 1, 5),
+        (7, 2, 1, 1),
     ]
 
 
 @pytest.mark.parametrize(
     ("name", "ranks", "plan"),
     [
-        ("3x5", KernelRanks(5, 4, 6), "chain"),
-        ("3x5", KernelRanks(6, 4, 5), "output-chain"),
-        ("3x5", KernelRanks(5, 4, 7), "input-chain"),
+        ("3x5", KernelRanks(2, 3, 2), "chain"),
+        ("3x5", KernelRanks(2, 6, 2), "tucker"),
+        ("3x5", KernelRanks(6, 4, 2), "output-chain"),
         ("3x5", KernelRanks(6, 4, 7), "separable"),
-        ("1x7", KernelRanks(4, 3, 2), "output-chain"),
-        ("7x1, no bias", KernelRanks(4, 2, 3), "input-chain"),
+        ("3x5", KernelRanks(6, 10, 2), "output-pair"),
+        ("3x5", KernelRanks(6, 18, 7), "dense"),
+        ("1x7", KernelRanks(4, 1, 2), "output-chain"),
+        ("7x1, no bias", KernelRanks(2, 2, 2), "input-chain"),
     ],
 )
-def test_a_leaf_that_costs_without_saving_is_merged(name, ranks, plan):
+def test_an_edge_that_costs_without_saving_is_contracted(name, ranks, plan):
     assert only_factors(built(name), correlated_images()).layer(ranks).plan == plan
+
+
+@pytest.mark.parametrize("name", ["3x5", "1x7", "7x1, no bias"])
+def test_no_ranks_cost_more_than_one_of_their_own_contractions(name):
+    factors = only_factors(built(name), correlated_images())
+    full = factors.full_ranks
+    for rank_in, rank_out in itertools.product(range(1, full.rank_in + 1), range(1, full.rank_out + 1)):
+        limit = min(rank_in * factors.shape[2], factors.shape[3] * rank_out)
+        for rank_mid in {1, (1 + limit) // 2, limit}:
+            ranks = KernelRanks(rank_in, rank_mid, rank_out)
+            assert factors.flops(ranks) == min(factors.flops(ranks, groups) for groups in PLANS.values())
+            layer = factors.layer(ranks)
+            assert factors.flops(ranks) == plan_flops(layer, factors.trace.input_shape)[layer.plan]
 
 
 def test_layers_of_the_same_factors_share_nothing():

@@ -280,7 +280,8 @@ def test_plain_kernels_equal_the_layer_in_every_plan(case):
     with torch.no_grad():
         trace = trace_layers(nn.Sequential(conv), x)["0"]
         factors = factorize_layer("conv", conv, trace, None, "weight", is_kernel=True)
-        layer = factors.layer(KernelRanks(4, 6, 5))
+        chain = factors.truncated(KernelRanks(4, 6, 5), PLANS["chain"])
+        layer = HTLayer(chain, factors.bias, factors.geometry)
         assert set(layer.plans) == set(PLANS)
         for plan in layer.plans:
             assert relative_error(plain_layer(layer, plan)(x), layer(x)) < 1e-10
@@ -293,7 +294,8 @@ def test_a_linear_layer_behind_a_flatten_ends_in_linear_layers(plan):
     torch.manual_seed(0)
     linear = nn.Linear(7 * 4 * 3, 9).double()
     trace = LayerTrace((84,), (9,), unflatten=(7, 4, 3))
-    layer = factorize_layer("fc", linear, trace, None, "weight", is_kernel=True).layer(KernelRanks(4, 6, 5))
+    factors = factorize_layer("fc", linear, trace, None, "weight", is_kernel=True)
+    layer = HTLayer(factors.truncated(KernelRanks(4, 6, 5), PLANS["chain"]), factors.bias, factors.geometry)
     x = torch.randn(3, 84, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     plain = plain_layer(layer, plan)
     with torch.no_grad():
