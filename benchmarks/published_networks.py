@@ -1,0 +1,268 @@
+"""Networks that others trained, compressed without any training: the policy beside the rules and two-factor SVD.
+
+    python benchmarks/published_networks.py --checkpoints resnet20.th resnet56.th --data folder:PATH
+
+CIFAR-10's residual networks from their published checkpoints. Every method chooses ranks at the same budgets of FLOPs;
+all are compressed with the same data-aware factors and reconstructed alike. Samplers propose --candidates
+configurations per budget and the one of least divergence on validation images is taken; rules propose one. Test is read
+once for each row. The checkpoints were trained on all training images, so that validation accuracy flatters them;
+divergence from the dense outputs ranks candidates all the same.
+
+Writes rows.json after every row, and goes on where it was; then table.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+from torch import nn
+from tqdm import tqdm
+
+if __package__ in (None, ""):
+    # Run as a script: the repository root, not this folder, is where `benchmarks` and `common` are found.
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.cifar_resnet import from_checkpoint
+from common import data
+from common.compress import HTLayer, ModelFactors, Targets, factorize, reconstruct
+from common.compress.layers import PLANS
+from common.configuration import Configuration, KernelRanks
+from common.files import exclusive, write_text
+from common.finetune import evaluate
+from common.modules import copy_with
+from common.provenance import provenance
+from common.ranks import build_menus, meet_budget
+from common.search import (
+    CandidateFailed,
+    Screener,
+    Search,
+    SearchSettings,
+    blended_sensitivity,
+    measured_sensitivity,
+)
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""What the checkpoints were trained with."""
+
+RULES = ("uniform", "energy", "vbmf")
+SAMPLERS = ("policy", "tpe")
+TWO_FACTOR = "two-factor SVD"
+METHODS = (*SAMPLERS, *RULES, TWO_FACTOR)
+
+MOST_SENSITIVITY_IMAGES = 256
+
+
+class Bench:
+    """What all rows of one network and seed have in common."""
+
+    def __init__(self, model: nn.Module, dataset: data.Dataset, options: argparse.Namespace, seed: int) -> None:
+        self.model, self.dataset, self.options, self.seed = model, dataset, options, seed
+        self.images = dataset.train.sample(options.calibration, seed)
+        self.factors = factorize(model, self.images)
+        self.weights = factorize(model, self.images, bases="weight")
+        self.targets = Targets.of(self.factors, self.images)
+        self.screener = Screener(self.factors, self.images, dataset.val, limit=options.screen)
+        self.menus = build_menus(self.factors)
+        most = self.images[: min(options.calibration // 4, MOST_SENSITIVITY_IMAGES)]
+        measured = measured_sensitivity(self.factors, self.menus, most, progress=False)
+        self.sensitivity = blended_sensitivity(self.menus, measured)
+
+    def row(self, method: str, budget: float) -> dict[str, Any]:
+        """What a method comes to at a budget: the network that it chooses on validation, and that one's test score."""
+        started = time.perf_counter()
+        network, config, tried = self.chosen(method, budget)
+        seconds = time.perf_counter() - started
+        flops = sum(_flops(self.factors, name, ranks, method) for name, ranks in config.items())
+        outside = self.factors.dense_flops - sum(self.factors.layers[name].dense_flops for name in config)
+        return {
+            "config_str": str(config),
+            "flops_kept": (flops + outside) / self.factors.dense_flops,
+            "divergence": self.screener.distance(network),
+            "val_accuracy": evaluate(network, self.dataset.val, limit=self.options.screen).accuracy,
+            "test_accuracy": evaluate(network, self.dataset.test).accuracy,
+            "screened": tried,
+            "seconds": seconds,
+        }
+
+    def chosen(self, method: str, budget: float) -> tuple[nn.Module, Configuration, int]:
+        """The network, its configuration, and how many were screened for it."""
+        if method == TWO_FACTOR:
+            config = two_factor_ranks(self.factors, budget)
+            return reconstruct(two_factor(self.factors, config), self.targets), config, 1
+        if method in RULES:
+            config = meet_budget(method, self.weights, budget, priced=self.factors)
+            return self.screener.build(config), config, 1
+        settings = SearchSettings(budgets=(budget,), candidates=self.options.candidates, sampler=method, seed=self.seed)
+        records = Search(self.screener, self.menus, self.sensitivity, settings).run(progress=False)
+        screened = [record for record in records if record["status"] == "screened"]
+        if not screened:
+            raise CandidateFailed(f"all candidates of {method} at {budget} failed")
+        best = min(screened, key=lambda record: record["divergence"])["config"]
+        return self.screener.build(best), best, len(records)
+
+
+def _flops(factors: ModelFactors, name: str, ranks: Any, method: str) -> int:
+    layer = factors.layers[name]
+    if method == TWO_FACTOR and isinstance(ranks, KernelRanks):
+        return layer.flops(ranks, PLANS["output-pair"])
+    return layer.flops(ranks)
+
+
+def two_factor_ranks(factors: ModelFactors, budget: float) -> Configuration:
+    """Every layer cut at the same share of its output's energy, the largest share that meets the budget.
+
+    A layer cut this way is a k x k convolution to r channels and a 1 x 1 one: the singular value decomposition of the
+    kernel whitened by its input, which is the projection on the output covariance's leading eigenvectors.
+    """
+
+    def attempt(lost: float) -> tuple[Configuration, int]:
+        config, total = {}, factors.dense_flops
+        for name, layer in factors.layers.items():
+            energies = layer.edge_energies("mid" if layer.is_matrix else "out")
+            rank = int((energies.cumsum(0) < (1 - lost) * energies.sum()).sum()) + 1
+            ranks = _two_factor_of(layer, min(rank, len(energies)))
+            flops = _flops(factors, name, ranks, TWO_FACTOR)
+            if flops < layer.dense_flops:
+                config[name] = ranks
+                total += flops - layer.dense_flops
+        return Configuration(config), total
+
+    low, high = 1e-9, 1.0
+    for _ in range(60):
+        middle = (low * high) ** 0.5
+        if attempt(middle)[1] > budget * factors.dense_flops:
+            low = middle
+        else:
+            high = middle
+    config, total = attempt(high)
+    if total > budget * factors.dense_flops:
+        raise ValueError(f"two factors cannot meet {budget}")
+    return config
+
+
+def _two_factor_of(layer: Any, rank: int) -> Any:
+    full = layer.full_ranks
+    if layer.is_matrix:
+        return type(full)(rank)
+    _, c_in, k_h, k_w = layer.shape
+    return KernelRanks(c_in, min(c_in * k_h, k_w * rank), rank)
+
+
+def two_factor(factors: ModelFactors, config: Mapping[str, Any]) -> nn.Module:
+    """The compressed network with every kernel as two factors."""
+    model = factors.compress(config)
+    layers = {}
+    for name in config:
+        layer = factors.layers[name]
+        if not layer.is_matrix:
+            pair = layer.truncated(config[name], PLANS["output-pair"])
+            layers[model.get_submodule(name)] = HTLayer(pair, layer.bias, layer.geometry)
+    return copy_with(model, layers)
+
+
+def table(content: Mapping[str, Any]) -> str:
+    """Points lost on test, mean and standard deviation over the seeds: a line per method, a column per budget."""
+    parts = []
+    for network, dense in content["dense"].items():
+        rows = [row for row in content["rows"] if row["network"] == network]
+        budgets = sorted({row["budget"] for row in rows}, reverse=True)
+        lines = [
+            [method, *(_lost(dense, [r for r in rows if r["method"] == method and r["budget"] == b]) for b in budgets)]
+            for method in METHODS
+        ]
+        heads = [f"{network}: points lost", *(f"{budget:.0%}" for budget in budgets)]
+        seeds = len({row["seed"] for row in rows})
+        parts.append(tabulate(lines, headers=heads, tablefmt="github", disable_numparse=True))
+        parts.append(f"Columns are shares of the dense FLOPs. {seeds} seeds; dense: {dense:.4f} on test. No training.")
+    return "\n\n".join(parts)
+
+
+def _lost(dense: float, rows: Sequence[Mapping[str, Any]]) -> str:
+    values = [100 * (dense - row["test_accuracy"]) for row in rows]
+    if not values:
+        return "-"
+    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code: 0, 2 for bad input, 130 when interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        with exclusive(options.out):
+            content = _run(options)
+    except KeyboardInterrupt:
+        print("\nInterrupted; the same command goes on where it was.", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    write_text(options.out / "table.md", table(content) + "\n")
+    print(table(content))
+    return 0
+
+
+def _run(options: argparse.Namespace) -> dict[str, Any]:
+    dataset = data.load(options.data, image_size=32, mean=MEAN, std=STD)
+    asked = {name: getattr(options, name) for name in ("candidates", "calibration", "screen")}
+    target = options.out / "rows.json"
+    content = _known(target, asked)
+    for path in options.checkpoints:
+        model = from_checkpoint(path)
+        network = f"ResNet-{6 * len(model.layer1) + 2}"
+        if network not in content["dense"]:
+            content["dense"][network] = evaluate(model, dataset.test).accuracy
+        for seed in options.seeds:
+            done = {(r["network"], r["seed"], r["budget"], r["method"]) for r in content["rows"]}
+            left = [
+                (budget, method)
+                for budget in options.budgets
+                for method in options.methods
+                if (network, seed, budget, method) not in done
+            ]
+            if not left:
+                continue
+            bench = Bench(model, dataset, options, seed)
+            for budget, method in tqdm(left, desc=f"{network}, seed {seed}", unit="row"):
+                head = {"network": network, "seed": seed, "budget": budget, "method": method}
+                content["rows"].append(head | bench.row(method, budget))
+                write_text(target, json.dumps(content, indent=1) + "\n")
+    return content
+
+
+def _known(target: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What an earlier run of the same settings and code left; else nothing."""
+    fresh = {"asked": dict(asked), "dense": {}, "rows": [], "provenance": provenance("cpu", 0)}
+    if not target.exists():
+        return fresh
+    known = json.loads(target.read_text(encoding="utf-8"))
+    if known["asked"] != fresh["asked"]:
+        raise ValueError(f"{target} has rows of other settings, {known['asked']}: give another --out")
+    if known["provenance"]["git_revision"] != fresh["provenance"]["git_revision"]:
+        raise ValueError(f"{target} is of revision {known['provenance']['git_revision']}: give another --out")
+    return known
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoints", nargs="+", required=True, metavar="PATH", help="state dicts of ResNet-20, -56")
+    parser.add_argument("--data", default="cifar10", help="cifar10 or folder:PATH (default: cifar10)")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.7, 0.5, 0.35, 0.25])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--candidates", type=int, default=24, help="screened per budget by a sampler (default: 24)")
+    parser.add_argument("--calibration", type=int, default=512, metavar="IMAGES")
+    parser.add_argument("--screen", type=int, default=1000, metavar="IMAGES")
+    parser.add_argument("--out", type=Path, default=Path("results/cifar10-32"))
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
