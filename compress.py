@@ -43,6 +43,7 @@ def _run(options: argparse.Namespace) -> int:
         image_size=image_size,
         mean=options.mean,
         std=options.std,
+        resize=options.resize,
         train_limit=options.train_limit,
         device=options.device,
         seed=options.split_seed,
@@ -72,6 +73,7 @@ def _run(options: argparse.Namespace) -> int:
             "mean": list(data.mean),
             "std": list(data.std),
             "image_size": image_size,
+            "resize": options.resize,
         },
         **aim,
     )
@@ -141,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, default=3, help="of fine-tuning, 0 for none (default: 3)")
     parser.add_argument("--learning-rate", type=float, default=0.01)
     parser.add_argument("--image-size", type=int, nargs="+", default=[224], metavar="PIXELS", help="S, or H W")
+    parser.add_argument("--resize", type=int, metavar="PIXELS", help="of the shorter side, before the crop")
     parser.add_argument("--mean", type=float, nargs="+", help="of pixels in 0..1; default: the data set's")
     parser.add_argument("--std", type=float, nargs="+", help="likewise")
     parser.add_argument("--data-root", help="default: $HTD_DATA, else data")

@@ -97,6 +97,7 @@ def load(
     channels: int = 3,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    resize: int | None = None,
     memory_limit: int = MEMORY_LIMIT,
 ) -> Dataset:
     """Load a data set and split it.
@@ -111,6 +112,8 @@ def load(
         augment: False makes `batches(augment=True)` leave the images as they are.
         channels: of the batches, 3 or 1: gray images are repeated, colour images averaged.
         mean, std: of pixels in 0..1, one per channel; None takes the data set's own (ImageNet's for folders).
+        resize: of an image folder: pixels that an image's shorter side is scaled to before its middle is cut out, such
+            as 256 for 224; None takes the largest middle of the right proportions.
         memory_limit: bytes; splits of an image folder above it are read from disk batch by batch.
 
     Raises:
@@ -123,11 +126,13 @@ def load(
         raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
+    if resize is not None and (not name.startswith("folder:") or resize < max(both_sides(image_size))):
+        raise ValueError(f"resize is for image folders, and at least the image_size, {image_size}; got {resize}")
     raw = _read(name, Path(root or os.environ.get("HTD_DATA") or "data"), memory_limit)
     mean, std = (_as_channels(tuple(numbers), channels) for numbers in (mean or raw.mean, std or raw.std))
     if len(mean) != channels or len(std) != channels or min(std) <= 0:
         raise ValueError(f"mean and std need {channels} numbers each, std above 0; got {mean} and {std}")
-    image_format = ImageFormat(image_size, channels, mean, std, raw.augmentation if augment else Augmentation())
+    image_format = ImageFormat(image_size, channels, mean, std, raw.augmentation if augment else Augmentation(), resize)
 
     rest, val_rows = _stratify(raw.train.labels, raw.classes, val_fraction, seed, "validation")
     train_rows = _limit(rest, raw.train.labels, raw.classes, train_limit, seed)

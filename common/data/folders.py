@@ -78,7 +78,7 @@ class StreamedSplit(Split):
 
 @dataclass(frozen=True)
 class _Decoder(torch.utils.data.Dataset):
-    """Row -> (C, H, W) uint8: the middle of the image, scaled so that it just fills the format."""
+    """Row -> (C, H, W) uint8: the middle of the image, as large as the format asks for."""
 
     files: tuple[Path, ...]
     image_format: ImageFormat
@@ -90,11 +90,24 @@ class _Decoder(torch.utils.data.Dataset):
         (height, width), mode = self.image_format.size, "L" if self.image_format.channels == 1 else "RGB"
         try:
             with Image.open(self.files[row]) as image:
-                fitted = ImageOps.fit(_eight_bits(image).convert(mode), (width, height), Image.Resampling.BILINEAR)
+                fitted = _middle(_eight_bits(image).convert(mode), (width, height), self.image_format.shorter_side)
         except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"{self.files[row]} is not a readable image: {error}") from None
         pixels = torch.from_numpy(np.array(fitted))
         return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
+
+
+def _middle(image: Image.Image, size: tuple[int, int], resize: int | None) -> Image.Image:
+    """The image's middle at ``size``, (width, height): what is left of it once its shorter side is `resize` pixels."""
+    if resize is None:
+        return ImageOps.fit(image, size, Image.Resampling.BILINEAR)
+    scale = min(image.size) / resize
+    kept = [side * scale for side in size]
+    corner = [(whole - part) / 2 for whole, part in zip(image.size, kept, strict=True)]
+    if min(corner) < 0:
+        raise ValueError(f"at {resize} pixels on its shorter side it is smaller than {size[0]} x {size[1]}")
+    box = (*corner, *(start + part for start, part in zip(corner, kept, strict=True)))
+    return image.resize(size, Image.Resampling.BILINEAR, box=box)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -65,7 +65,8 @@ def both_sides(image_size: int | tuple[int, int]) -> tuple[int, int]:
 class ImageFormat:
     """What every batch of a data set looks like; mean and std hold one number per channel, for pixels in 0..1.
 
-    `image_size` is the side of square images, or (height, width).
+    `image_size` is the side of square images, or (height, width). `shorter_side` is what an image file is scaled to
+    before its middle is cut out; None: the largest middle that has the format's proportions.
     """
 
     image_size: int | tuple[int, int]
@@ -73,6 +74,7 @@ class ImageFormat:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augmentation: Augmentation = field(default_factory=Augmentation)
+    shorter_side: int | None = None
 
     @property
     def size(self) -> tuple[int, int]:

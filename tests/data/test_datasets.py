@@ -1,6 +1,7 @@
 """Data sets: splits that are seeded, stratified and apart; batches that are what the format promises."""
 
 import os
+from itertools import product
 
 import numpy as np
 import pytest
@@ -342,6 +343,32 @@ def test_images_need_not_be_square(tmp_path):
     folder = load(f"folder:{tmp_path}", image_size=(12, 20), val_fraction=0.4, mean=(0.5,) * 3, std=(0.25,) * 3)
     assert next(folder.train.batches(4)).images.shape == (4, 3, 12, 20)
     assert folder.mean == (0.5, 0.5, 0.5)
+
+
+def test_the_middle_is_cut_out_of_an_image_of_the_size_asked_for(tmp_path):
+    """As torchvision's Resize and CenterCrop do: at 32 pixels a crop of 28 loses the outer sixteenth on each side."""
+    pixels = np.zeros((64, 96, 3), np.uint8)
+    pixels[:, :48] = 250  # left half
+    pixels[:4] = pixels[-4:] = 99  # what the crop loses, above and below
+    for part, name in product(("train", "test"), "ab"):
+        (tmp_path / part / name).mkdir(parents=True)
+        for place in range(10):
+            Image.fromarray(pixels).save(tmp_path / part / name / f"{place}.png")
+    options = {"image_size": 28, "mean": (0,) * 3, "std": (1,) * 3}
+    whole, cropped = (
+        next(load(f"folder:{tmp_path}", resize=resize, **options).test.batches(1)).images[0] for resize in (None, 32)
+    )
+    assert whole.shape == cropped.shape == (3, 28, 28)
+    assert (whole[:, 0] - 99 / 255).abs().max() < 0.05
+    assert (cropped[:, 2:-2, :12] - 250 / 255).abs().max() < 0.01
+    assert cropped[:, 2:-2, 16:].abs().max() < 0.01
+    assert (cropped[:, :, :12] > 0.5).all()
+
+
+@pytest.mark.parametrize(("name", "resize"), [("digits", 64), ("folder:nowhere", 16)])
+def test_a_resize_that_makes_no_sense_is_refused(name, resize):
+    with pytest.raises(ValueError, match="resize is for image folders, and at least the image_size"):
+        load(name, image_size=32, resize=resize)
 
 
 @pytest.mark.parametrize("numbers", [{"mean": (0.5, 0.5)}, {"std": (1.0, 1.0, 0.0)}])
