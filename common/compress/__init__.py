@@ -8,8 +8,9 @@ from .layers import STAGES, HTLayer
 from .model_factors import Factors, ModelFactors
 from .network import factorize
 from .recalibration import recalibrate
-from .reconstruction import Targets, reconstruct, reconstructed_outputs
+from .reconstruction import reconstruct, reconstructed_outputs
 from .selection import choose_layers
+from .targets import Targets
 from .trace import trace_layers
 
 __all__ = [

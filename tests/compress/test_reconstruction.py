@@ -1,5 +1,7 @@
 """Layers fitted to the dense network's outputs: nothing changes where nothing was lost, and what is lost shrinks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -166,6 +168,81 @@ def test_the_outputs_of_the_pass_are_those_of_the_fitted_network(factors, target
     torch.testing.assert_close(given, again, rtol=1e-3, atol=1e-3)
 
 
+class Residual(nn.Module):
+    """Two blocks of torchvision's kind: the sum is made in place, the first shortcut is a convolution with a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm1 = nn.Conv2d(3, 24, 3, padding=1, bias=False), nn.BatchNorm2d(24)
+        self.second, self.norm2 = nn.Conv2d(24, 24, 3, padding=1, bias=False), nn.BatchNorm2d(24)
+        self.short, self.norm3 = nn.Conv2d(3, 24, 1, bias=False), nn.BatchNorm2d(24)
+        self.third, self.fourth = nn.Conv2d(24, 24, 3, padding=1), nn.Conv2d(24, 24, 3, padding=1)
+        self.relu, self.head = nn.ReLU(inplace=True), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.norm2(self.second(self.relu(self.norm1(self.first(x)))))
+        out += self.norm3(self.short(x))
+        x = self.relu(out)
+        x = self.relu(x + self.fourth(self.relu(self.third(x))))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def residual():
+    torch.manual_seed(6)
+    model = Residual()
+    recalibrate(model.train(), images())
+    return model.eval()
+
+
+def test_a_residual_blocks_last_layer_is_fitted_to_the_sum(residual):
+    """The shortcut is cut to one rank: what it loses, the branch beside it gives back as far as it can."""
+    names = ["second", "short", "fourth"]
+    factors = factorize(residual, images(), layers=names)
+    targets = Targets.of(factors, images())
+    assert set(targets.sums) == {"second", "fourth"}
+    assert set(targets.normed) == {"second", "short"}
+    config = {"second": factors.layers["second"].full_ranks, "short": MatrixRanks(1)}
+    local = replace(targets, sums={})
+    unseen = images(64, seed=9)
+    losses = [lost(reconstruct(factors.compress(config), one), residual, unseen) for one in (targets, local)]
+    assert losses[0] < 0.9 * losses[1]
+
+
+def test_a_sum_that_is_right_already_changes_nothing(residual):
+    factors = factorize(residual, images(), layers=["first", "second", "short", "third", "fourth"])
+    model = reconstruct(factors.compress(factors.full_ranks()), Targets.of(factors, images()))
+    assert difference(residual, model, images(16, seed=9)) < 1e-3
+
+
+class Rectified(nn.Module):
+    """The layer's output is changed in place before it enters the sum: the sum is none of the layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 24, 3, padding=1), nn.BatchNorm2d(24)
+        self.short = nn.Conv2d(3, 24, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.relu(self.norm(self.first(x)), inplace=True) + self.short(x).relu()
+
+
+def test_an_output_that_is_rectified_in_place_is_no_part_of_a_linear_sum():
+    torch.manual_seed(7)
+    model = Rectified().eval()
+    assert Targets.of(factorize(model, images(), layers=["first"]), images()).sums == {}
+
+
+def test_a_norms_variance_follows_by_half_and_the_mean_that_it_hands_on_stays(dense, factors, targets):
+    model = reconstruct(factors.compress({"first": KernelRanks(1, 1, 2)}), targets)
+    before = [outputs_of(network, "first", images()).var((0, 2, 3), correction=0) for network in (dense, model)]
+    change = (model.norm.running_var + 1e-5) / (dense.norm.running_var + 1e-5)
+    expected = ((before[1] + 1e-5) / (before[0] + 1e-5)).clamp(0.1, 10).sqrt()
+    torch.testing.assert_close(change, expected, rtol=1e-3, atol=1e-3)
+    means = [outputs_of(network, "norm", images()).mean((0, 2, 3)) for network in (dense, model)]
+    torch.testing.assert_close(means[1], means[0], rtol=1e-3, atol=1e-3)
+
+
 def test_flags_hooks_and_the_dense_network_stay(dense, factors):
     state = {name: value.clone() for name, value in dense.state_dict().items()}
     model = factors.compress(halved(factors)).train()
@@ -196,7 +273,7 @@ def test_layers_that_put_out_nothing_are_no_obstacle(dense, factors):
 
 
 def test_no_more_images_than_fit_into_memory_go_through_at_once(factors, monkeypatch):
-    monkeypatch.setattr("common.compress.reconstruction.MOST_VALUES", 10 * 20 * 12 * 9)
+    monkeypatch.setattr("common.compress.targets.MOST_VALUES", 10 * 20 * 12 * 9)
     found = Targets.of(factors, images())
     assert len(found.images) == 10
     assert torch.equal(found.images, images()[:10])

@@ -1,0 +1,98 @@
+"""Ridge regression of a stage's weight: what it multiplies with at given places, and the correction that fits best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+RIDGE = 1e-2
+"""Share of the mean variance of what reaches the stage by which its fit is pulled towards the truncated factor."""
+
+FEW = 0.05
+"""Unknowns per row up to which a fit cannot be much better on its own rows than on others."""
+
+
+def correction(z: Tensor, residual: Tensor) -> Tensor:
+    """``D: (C_out, n)`` that minimises ``|residual - z D^T|^2 + ridge |D|^2``; ``(rows, C_out)`` and ``(rows, n)``.
+
+    Where the rows are few, it is shrunk by what it is worth on rows that it was not fitted on (leaving each out once,
+    Allen 1974: the residual there is the one at hand over 1 - h, h the row's leverage).
+    """
+    rows, n = z.shape
+    variance = float(z.square().mean())
+    if variance == 0:
+        return torch.zeros(residual.shape[1], n).to(z)
+    # Of the two normal equations the smaller one; sums in float32, solved in float64.
+    gram = (z.T @ z if n <= rows else z @ z.T).double()
+    gram.diagonal().add_(RIDGE * variance * rows)
+    factor = torch.linalg.cholesky(gram)
+    if n <= rows:
+        found = torch.cholesky_solve((z.T @ residual).double(), factor).T.to(z)
+    else:
+        found = (z.T @ torch.cholesky_solve(residual.double(), factor).to(z)).T
+    if n <= FEW * rows:
+        return found
+    if n <= rows:
+        leverage = torch.linalg.solve_triangular(factor, z.T.double(), upper=False).square().sum(0)
+    else:  # the diagonal of K (K + ridge)^-1, K = z z^T
+        leverage = 1 - RIDGE * variance * rows * torch.cholesky_inverse(factor).diagonal()
+    fitted = z @ found.T
+    unseen = residual - (residual - fitted) / (1 - leverage).clamp_min(1e-3).to(z)[:, None]
+    worth = (residual * unseen).sum() / unseen.square().sum().clamp_min(1e-30)
+    return found * worth.clamp(0, 1)
+
+
+def by_image(features: Tensor, axis: int) -> Tensor:
+    """Feature maps or tokens as ``(N, positions, channels)``, the channels being along ``axis`` 1 or -1."""
+    if features.ndim == 2:
+        return features[:, None]
+    return features.movedim(axis, -1).flatten(1, -2)
+
+
+def design_rows(stage: nn.Module, features: Tensor, positions: Tensor) -> Tensor:
+    """What the stage multiplies its weight with at these places of its output map: ``(images positions, n)``."""
+    if isinstance(stage, nn.Linear):
+        return wide(by_image(features, -1)[:, positions].flatten(0, 1))
+    sizes = [
+        (size + left + right - dilation * (window - 1) - 1) // stride + 1
+        for size, (left, right), dilation, window, stride in zip(
+            features.shape[2:], _paddings(stage), stage.dilation, stage.kernel_size, stage.stride, strict=True
+        )
+    ]
+    features = _padded(stage, features)
+    places = torch.unravel_index(positions, sizes)
+    taps = [
+        features[(slice(None), slice(None), *_tap(stage, places, offset))]
+        for offset in product(*map(range, stage.kernel_size))
+    ]
+    patches = torch.stack(taps, dim=2)  # (N, C, window, positions)
+    return wide(patches.permute(0, 3, 1, 2).flatten(2).flatten(0, 1))
+
+
+def _tap(stage: nn.Module, places: tuple[Tensor, ...], offset: tuple[int, ...]) -> Iterator[Tensor]:
+    return (
+        place * stride + step * dilation
+        for place, stride, step, dilation in zip(places, stage.stride, offset, stage.dilation, strict=True)
+    )
+
+
+def _paddings(stage: nn.Module) -> list[tuple[int, int]]:
+    """(before, after) along each axis."""
+    both = stage._reversed_padding_repeated_twice
+    return list(zip(both[0::2], both[1::2], strict=True))[::-1]
+
+
+def _padded(stage: nn.Module, features: Tensor) -> Tensor:
+    both = stage._reversed_padding_repeated_twice
+    if not any(both):
+        return features
+    mode = "constant" if stage.padding_mode == "zeros" else stage.padding_mode
+    return F.pad(features, both, mode=mode)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))

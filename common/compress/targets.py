@@ -1,0 +1,183 @@
+"""What the dense network puts out on calibration images, where a fit looks at it: per layer, per norm, per sum."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from ..inputs import Inputs, first, length, run
+from ..modules import hooked
+from .model_factors import ModelFactors
+from .moments import channels_last_rows
+from .ridge import by_image, wide
+
+ROWS = 8192
+"""Rows (images times positions) that a layer is fitted on, at least one position of each image: more change nothing."""
+
+MOST_VALUES = 2**28
+"""Of the largest feature map over all images, which go through the network at once: a gigabyte in float32."""
+
+ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
+
+
+@dataclass(frozen=True)
+class NormInput:
+    """The mean and the variance of what a batch norm reads per channel ``(C,)``, and its running statistics."""
+
+    mean: Tensor
+    variance: Tensor
+    running_mean: Tensor
+    running_variance: Tensor
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the dense network puts out on the calibration images.
+
+    Attributes:
+        images: the calibration images, or as many of the first as fit into memory at once.
+        positions: layer -> the places of its output map, or the tokens, that are looked at: the same in every image.
+        outputs: layer -> the dense layer's outputs there ``(images positions, C_out)``.
+        sums: layer -> there, the sum that its output enters, behind its batch norm if it has one: a residual block's.
+        norms: batch norm -> the statistics of its input.
+        normed: the layers whose output a batch norm reads: means are its affair.
+    """
+
+    images: Inputs
+    positions: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    sums: Mapping[str, Tensor]
+    norms: Mapping[str, NormInput]
+    normed: frozenset[str]
+
+    @classmethod
+    def of(cls, factors: ModelFactors, images: Inputs) -> Targets:
+        """One pass of the dense network over ``images: (N, C, H, W)``, or several inputs (see `common.inputs`)."""
+        calls = [call for layer in factors.layers.values() for call in layer.trace.calls]
+        images = first(images, max(1, MOST_VALUES // max(math.prod(call.output_shape) * call.rows for call in calls)))
+        found = _DenseOutputs({name: math.prod(layer.shape) for name, layer in factors.layers.items()}, length(images))
+        norms = running_norms(factors.model)
+        after = {name: found.layer(name) for name in factors.layers} | {name: found.normalised(name) for name in norms}
+        with hooked(factors.model, after, before={name: found.norm(name) for name in norms}), found.watch:
+            run(factors.model, images)
+        return cls(images, found.positions, found.outputs, found.sums, found.norms, frozenset(found.flow.through))
+
+
+@dataclass
+class Flow:
+    """Which tensors are a layer's output, or that output behind its batch norm; tensors are not kept alive."""
+
+    owners: dict[int, tuple[weakref.ref, str]] = field(default_factory=dict)
+    through: dict[str, str] = field(default_factory=dict)  # layer -> the batch norm that reads its output
+
+    def put(self, tensor: Tensor, layer: str) -> None:
+        self.owners[id(tensor)] = weakref.ref(tensor), layer
+
+    def layer_of(self, tensor: Any) -> str | None:
+        known, layer = self.owners.get(id(tensor), (None, None))
+        return layer if known is not None and known() is tensor else None
+
+    def drop(self, tensor: Any) -> None:
+        self.owners.pop(id(tensor), None)
+
+
+class Sums(TorchFunctionMode):
+    """While active, calls ``before(layer, own, other)`` and ``after(layer, own, total)`` of sums of two tensors of one
+    shape, one of which is a layer's output; of two such, the layer of more weights."""
+
+    def __init__(
+        self, flow: Flow, sizes: Mapping[str, int], *, before: Callable | None, after: Callable | None
+    ) -> None:
+        super().__init__()
+        self._flow, self._sizes, self._before, self._after = flow, sizes, before, after
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        layer = own = None
+        if func in ADDITIONS and len(args) == 2 and not kwargs and self._alike(*args):
+            owned = [(name, tensor) for tensor in args if (name := self._flow.layer_of(tensor)) in self._sizes]
+            if owned:
+                layer, own = max(owned, key=lambda pair: self._sizes[pair[0]])
+                other = args[1] if own is args[0] else args[0]
+                if self._before is not None:
+                    self._before(layer, own, other)
+        result = func(*args, **kwargs)
+        if layer is not None and self._after is not None:
+            self._after(layer, own, result)
+        if args and result is args[0]:
+            self._flow.drop(result)  # changed in place, or about to be another's
+        return result
+
+    @staticmethod
+    def _alike(one: Any, other: Any) -> bool:
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape and one.ndim > 1
+
+
+class _DenseOutputs:
+    """Hooks that gather what `Targets` holds; of a shared layer, the first call."""
+
+    def __init__(self, sizes: Mapping[str, int], images: int) -> None:
+        self._per_image = -(-ROWS // images)
+        self._generator = torch.Generator().manual_seed(0)
+        self._axes: dict[str, int] = {}
+        self.flow = Flow()
+        self.watch = Sums(self.flow, sizes, before=None, after=self._sum)
+        self.positions: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}
+        self.norms: dict[str, NormInput] = {}
+
+    def layer(self, name: str) -> Callable:
+        def hook(module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+            if name in self.outputs:
+                return
+            self._axes[name] = -1 if isinstance(module, nn.Linear) else 1
+            places = by_image(output, self._axes[name]).shape[1]
+            every = torch.randperm(places, generator=self._generator)
+            self.positions[name] = every[: self._per_image].sort().values.to(output.device)
+            self.outputs[name] = self._rows(name, output)
+            self.flow.put(output, name)
+
+        return hook
+
+    def norm(self, name: str) -> Callable:
+        def hook(norm: _BatchNorm, inputs: tuple) -> None:
+            if name not in self.norms:
+                variance, mean = torch.var_mean(channels_last_rows(wide(inputs[0])), dim=0, correction=0)
+                self.norms[name] = NormInput(mean, variance, norm.running_mean.clone(), norm.running_var.clone())
+                if (layer := self.flow.layer_of(inputs[0])) is not None:
+                    self.flow.through[layer] = name
+
+        return hook
+
+    def normalised(self, name: str) -> Callable:
+        def hook(_norm: _BatchNorm, inputs: tuple, output: Tensor) -> None:
+            if (layer := self.flow.layer_of(inputs[0])) is not None and self.flow.through.get(layer) == name:
+                self.flow.put(output, layer)
+
+        return hook
+
+    def _rows(self, name: str, features: Tensor) -> Tensor:
+        return rows_at(features, self._axes[name], self.positions[name])
+
+    def _sum(self, layer: str, _own: Tensor, total: Tensor) -> None:
+        if layer not in self.sums:
+            self.sums[layer] = self._rows(layer, total)
+
+
+def rows_at(features: Tensor, axis: int, positions: Tensor) -> Tensor:
+    """Features at these places of every image ``(images positions, C)``, the channels being along ``axis``."""
+    return wide(by_image(features, axis)[:, positions].flatten(0, 1))
+
+
+def running_norms(model: nn.Module) -> list[str]:
+    """The batch norms that normalise by statistics of their own in eval mode."""
+    return [name for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
