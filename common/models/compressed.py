@@ -17,17 +17,12 @@ import torchvision
 from torch import Tensor, nn
 
 from ..compress import HTLayer
-from ..configuration import Configuration, KernelRanks, MatrixRanks, Ranks
+from ..configuration import Ranks
 from ..modules import copy_with, unwrapped
 from .architectures import canonical_name, head_name, skeleton
 from .checkpoints import CheckpointError, check_digest, read_tensors, write_tensors
-from .specs import LARGEST, build, describe, differences
-
-COMPRESSED_FORMAT = "htd-compressed-1"
-"""Header field `format`; dense checkpoints carry another one."""
-
-OWN_FORMAT = "htd-compressed-own-1"
-"""The same of a network that is not torchvision's: loading needs its class, or a function that makes it."""
+from .header import COMPRESSED_FORMAT, OWN_FORMAT, parsed
+from .specs import build, describe, differences
 
 DEFAULT_SIZE = 224
 """Pixels of the images on which a file is checked whose maker did not say what it is for."""
@@ -172,7 +167,7 @@ def load_compressed(
             "as model=, such as its class"
         )
     try:
-        info = _parsed_own(header) if own else _parsed(header)
+        info = parsed(header)
         if own:
             loaded = _with_modules(_made(model), info.pop("modules"))
         else:
@@ -218,54 +213,6 @@ def _with_modules(model: nn.Module, specs: Mapping[str, Any], kind: str | None =
             raise ValueError(f"module {name!r} cannot be built: {_one_line(error)}") from error
         model.set_submodule(name, module)
     return model
-
-
-def _parsed_own(header: Mapping[str, str]) -> dict[str, Any]:
-    try:
-        info = {name: json.loads(header[name]) for name in ("config", "modules", "channels_last", "metadata")}
-    except RecursionError as error:
-        raise ValueError("its header is nested too deeply") from error
-    kinds = {"channels_last": list}
-    for name, value in info.items():
-        if type(value) is not kinds.get(name, dict):
-            raise ValueError(f"{name} in its header is a {type(value).__name__}")
-    info["config"] = Configuration({name: _ranks(name, ranks) for name, ranks in info["config"].items()})
-    return info
-
-
-def _parsed(header: Mapping[str, str]) -> dict[str, Any]:
-    """The header's fields, each checked by itself."""
-    if header.get("format") != COMPRESSED_FORMAT:
-        raise ValueError(f"format {COMPRESSED_FORMAT!r} was expected, {header.get('format', 'none')!r} found")
-    fields = ("num_classes", "input_shape", "config", "modules", "channels_last", "metadata")
-    missing = [name for name in ("architecture", *fields) if name not in header]
-    if missing:
-        raise ValueError(f"its header has no {', '.join(missing)}")
-    try:
-        info = {name: json.loads(header[name]) for name in fields}
-    except RecursionError as error:
-        raise ValueError("its header is nested too deeply") from error
-    kinds = {"num_classes": int, "input_shape": list, "channels_last": list}
-    for name in fields:
-        if type(info[name]) is not kinds.get(name, dict):
-            raise ValueError(f"{name} in its header is a {type(info[name]).__name__}")
-    sizes = [info["num_classes"], *info["input_shape"]]
-    if len(sizes) != 4 or not all(type(size) is int and 1 <= size <= LARGEST for size in sizes):
-        raise ValueError(f"its header has classes and input shape {sizes}")
-    if not all(isinstance(name, str) for name in info["channels_last"]):
-        raise ValueError("channels_last in its header is not a list of names")
-    info["architecture"] = canonical_name(header["architecture"])
-    info["input_shape"] = tuple(info["input_shape"])
-    info["config"] = Configuration({name: _ranks(name, ranks) for name, ranks in info["config"].items()})
-    return info
-
-
-def _ranks(name: str, ranks: Any) -> KernelRanks | MatrixRanks:
-    kinds = {("rank",): MatrixRanks, ("rank_in", "rank_mid", "rank_out"): KernelRanks}
-    kind = kinds.get(tuple(ranks)) if isinstance(ranks, dict) else None
-    if kind is None or not all(type(rank) is int and 1 <= rank <= LARGEST for rank in ranks.values()):
-        raise ValueError(f"the configuration in its header has no ranks for {name}")
-    return kind(**ranks)
 
 
 def _rebuilt(
