@@ -204,7 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
     path = options.out / "rows.json"
     try:
         with exclusive(options.out):
-            content = json.loads(path.read_text()) if path.exists() else {"provenance": [], "rows": []}
+            content = known_rows(path, options)
             content["provenance"].append(provenance("cpu", options.seeds[0]))
             keys = {_key(row) for row in content["rows"]}
             for seed in options.seeds:
@@ -218,6 +218,22 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def known_rows(path: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """What an earlier run of the same settings left; else nothing.
+
+    Raises:
+        ValueError: its rows are of other settings.
+    """
+    names = ("model", "dataset", "image_size", "train_limit", "evaluations", "batches", "calibration", "screen")
+    asked = {name: getattr(options, name) for name in names}
+    if not path.exists():
+        return {"asked": asked, "provenance": [], "rows": []}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content.get("asked", "unknown ones") != asked:
+        raise ValueError(f"{path} has rows of other settings: give another --out")
+    return content
 
 
 def _key(row: dict[str, Any]) -> tuple:

@@ -124,6 +124,8 @@ def _run_with_attribution(model: nn.Module, images: Inputs, counter: FlopCounter
 
     # Global hooks, because hooks on the modules themselves would be a change to the model.
     hooks = (register_module_forward_pre_hook(enter), register_module_forward_hook(leave))
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole attention layer, which nobody can count
     try:
         run(model, images)
     except Exception as error:
@@ -131,6 +133,7 @@ def _run_with_attribution(model: nn.Module, images: Inputs, counter: FlopCounter
         attempt = f"its pass over {_shapes(images)} failed: {reason}"
         raise ValueError(f"the FLOPs of {type(model).__name__} cannot be counted, {attempt}") from error
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         for hook in hooks:
             hook.remove()
     return own_macs

@@ -243,3 +243,14 @@ def test_bad_measurements_are_refused(models, options, message):
 def test_a_summary_of_nothing_is_refused():
     with pytest.raises(ValueError, match="got 0 samples"):
         summarise([], batch_size=1)
+
+
+def test_an_attention_layer_is_counted_on_its_fused_path_too():
+    """Evaluation runs a whole encoder layer as one operator; its linear layers are there all the same."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+    model = nn.Sequential(nn.Unflatten(1, (1, 5, 32)), nn.Flatten(1, 2), encoder)
+    tokens = torch.randn(1, 160)
+    projections = 5 * (3 * 32 * 32 + 32 * 32 + 2 * 32 * 64)
+    assert count_flops(model, tokens) == projections
+    assert torch.backends.mha.get_fastpath_enabled()

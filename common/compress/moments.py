@@ -29,7 +29,8 @@ class LayerMoments:
             unit mean variance; of two axes on one side, the Kronecker product. None for matrix layers, whose output
             covariance says all that matters.
         output_mean: ``E[y]: (C_out,)``.
-        output_covariance: ``E[(y - E[y]) (y - E[y])^T]: (C_out, C_out)``.
+        output_covariance: ``E[(y - E[y]) (y - E[y])^T]: (C_out, C_out)``. Of a layer whose mean nothing gives back,
+            neither a bias nor a batch norm behind it, these and the channels' are about zero: ``E[y y^T]``.
     """
 
     window: tuple[Tensor, Tensor, Tensor] | None
@@ -67,7 +68,7 @@ class _Accumulator:
         rows = rows - self.origin
         self.count += len(rows)
         self.total = self.total + rows.sum(0).double()
-        self.square = self.square + (rows.T @ rows).double()
+        self.square = self.square + _product(rows.T, rows)
 
     @property
     def mean(self) -> Tensor:
@@ -77,6 +78,20 @@ class _Accumulator:
     def covariance(self) -> Tensor:
         shift = self.total / self.count
         return self.square / self.count - torch.outer(shift, shift)
+
+    @property
+    def second_moment(self) -> Tensor:
+        return self.covariance + torch.outer(self.mean, self.mean)
+
+    def about(self, *, zero: bool) -> Tensor:
+        """The second moment about zero, or about the mean."""
+        return self.second_moment if zero else self.covariance
+
+
+def _product(one: Tensor, other: Tensor) -> Tensor:
+    """Their matrix or inner product, in float64, summed in float32 unless that cannot hold it."""
+    found = (one @ other).double()
+    return found if torch.isfinite(found).all() else one.double() @ other.double()
 
 
 class _WindowAccumulator:
@@ -113,12 +128,12 @@ class _WindowAccumulator:
         size, step = self._size[axis], self._dilation[axis]
         if self._unflatten is not None:
             rows = features.reshape(-1, size)
-            return (rows.T @ rows).double().cpu()
+            return _product(rows.T, rows).cpu()
         length = features.shape[-1]
         # Summed over fewer positions the larger the lag: a biased estimate of a stationary covariance, but one that is
         # positive semidefinite, and right about zero padding, which takes part in the windows at the border.
         lags = [
-            (features[..., : length - lag * step] * features[..., lag * step :]).sum().double()
+            _product(features[..., : length - lag * step].reshape(-1), features[..., lag * step :].reshape(-1))
             if lag * step < length
             else features.new_zeros((), dtype=torch.float64)
             for lag in range(size)
@@ -126,9 +141,12 @@ class _WindowAccumulator:
         distance = (torch.arange(size)[:, None] - torch.arange(size)).abs()
         return torch.stack(lags).cpu()[distance]
 
-    @property
-    def covariances(self) -> tuple[Tensor, Tensor, Tensor]:
-        channels = self._channels.covariance
+    def is_finite(self) -> bool:
+        """Whether all that was added were numbers, those that no window reads included."""
+        return bool(torch.isfinite(self._channels.square).all())
+
+    def covariances(self, *, zero: bool) -> tuple[Tensor, Tensor, Tensor]:
+        channels = self._channels.about(zero=zero)
         along = [_unit_mean_variance(self._recentred(axis)).to(channels.device) for axis in range(len(self._size))]
         one = torch.ones(1, 1, dtype=torch.float64, device=channels.device)
         rows, columns = (reduce(torch.kron, [along[axis] for axis in side], one) for side in SIDES[len(self._size)])
@@ -197,9 +215,12 @@ def gather_moments(
     if not seen:
         raise ValueError("no calibration images were given")
     for name, accumulator in outputs.items():
-        if not torch.isfinite(accumulator.square).all():
+        reads = inputs[name].is_finite() if name in inputs else True
+        if not torch.isfinite(accumulator.square).all() or not reads:
             raise ValueError(f"layer {name}: the calibration pass met NaN or infinite activations")
-    return {
-        name: LayerMoments(inputs[name].covariances if name in inputs else None, output.mean, output.covariance)
-        for name, output in outputs.items()
-    }
+    moments = {}
+    for name, output in outputs.items():
+        zero = model.get_submodule(name).bias is None and not traces[name].normed
+        window = inputs[name].covariances(zero=zero) if name in inputs else None
+        moments[name] = LayerMoments(window, output.mean, output.about(zero=zero))
+    return moments

@@ -29,11 +29,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..inputs import run
 from ..modules import hooked
+from .flow import Flow, running_norms
 from .geometry import TRANSPOSED
 from .layers import HTLayer
 from .moments import channels_last_rows
 from .ridge import correction, design_rows, wide
-from .targets import Flow, NormInput, Sums, Targets, rows_at, running_norms
+from .targets import NormInput, Sums, Targets, rows_at
 
 VARIANCE_EXPONENT = 0.5
 """How much of a change of a norm's input variance its running variance follows: 0 none, 1 all of it."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..inputs import Inputs, first, length, run
 from ..modules import hooked
+from .flow import Flow, running_norms
 from .model_factors import ModelFactors
 from .moments import channels_last_rows
 from .ridge import by_image, wide
@@ -69,24 +69,6 @@ class Targets:
         with hooked(factors.model, after, before={name: found.norm(name) for name in norms}), found.watch:
             run(factors.model, images)
         return cls(images, found.positions, found.outputs, found.sums, found.norms, frozenset(found.flow.through))
-
-
-@dataclass
-class Flow:
-    """Which tensors are a layer's output, or that output behind its batch norm; tensors are not kept alive."""
-
-    owners: dict[int, tuple[weakref.ref, str]] = field(default_factory=dict)
-    through: dict[str, str] = field(default_factory=dict)  # layer -> the batch norm that reads its output
-
-    def put(self, tensor: Tensor, layer: str) -> None:
-        self.owners[id(tensor)] = weakref.ref(tensor), layer
-
-    def layer_of(self, tensor: Any) -> str | None:
-        known, layer = self.owners.get(id(tensor), (None, None))
-        return layer if known is not None and known() is tensor else None
-
-    def drop(self, tensor: Any) -> None:
-        self.owners.pop(id(tensor), None)
 
 
 class Sums(TorchFunctionMode):
@@ -153,8 +135,7 @@ class _DenseOutputs:
             if name not in self.norms:
                 variance, mean = torch.var_mean(channels_last_rows(wide(inputs[0])), dim=0, correction=0)
                 self.norms[name] = NormInput(mean, variance, norm.running_mean.clone(), norm.running_var.clone())
-                if (layer := self.flow.layer_of(inputs[0])) is not None:
-                    self.flow.through[layer] = name
+                self.flow.read(name, inputs[0])
 
         return hook
 
@@ -176,8 +157,3 @@ class _DenseOutputs:
 def rows_at(features: Tensor, axis: int, positions: Tensor) -> Tensor:
     """Features at these places of every image ``(images positions, C)``, the channels being along ``axis``."""
     return wide(by_image(features, axis)[:, positions].flatten(0, 1))
-
-
-def running_norms(model: nn.Module) -> list[str]:
-    """The batch norms that normalise by statistics of their own in eval mode."""
-    return [name for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]

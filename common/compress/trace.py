@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..inputs import Inputs, length, run
 from ..modules import hooked
+from .flow import Flow, running_norms
 from .geometry import CONVOLUTIONS, TRANSPOSED, Convolution
 from .layers import HTLayer
 
@@ -38,7 +39,7 @@ class LayerTrace:
     ``rows`` says how many such maps, or vectors, one image comes to: more than one where patches are folded into the
     batch, or where a linear layer sees tokens or time steps.
     ``unflatten`` is the (C, H, W) that a flatten right before a linear layer took apart, if the map is not 1 x 1.
-    ``later_calls`` holds a shared layer's calls after the first.
+    ``later_calls`` holds a shared layer's calls after the first. ``normed`` tells that a batch norm reads the output.
     """
 
     input_shape: tuple[int, ...]
@@ -46,6 +47,7 @@ class LayerTrace:
     unflatten: tuple[int, int, int] | None = None
     rows: int = 1
     later_calls: tuple[LayerCall, ...] = ()
+    normed: bool = False
 
     @property
     def calls(self) -> tuple[LayerCall, ...]:
@@ -90,6 +92,7 @@ def trace_layers(model: nn.Module, example: Inputs) -> dict[str, LayerTrace]:
     def observe(name: str):
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             call = _call(module, inputs[0], output, images)
+            flow.put(output, name)
             if name in traces:
                 traces[name] = replace(traces[name], later_calls=(*traces[name].later_calls, call))
             else:
@@ -98,9 +101,11 @@ def trace_layers(model: nn.Module, example: Inputs) -> dict[str, LayerTrace]:
 
         return hook
 
-    with hooked(model, {name: observe(name) for name, _ in decomposable_layers(model)}), tracker:
+    flow = Flow()
+    norms = {name: lambda _norm, inputs, name=name: flow.read(name, inputs[0]) for name in running_norms(model)}
+    with hooked(model, {name: observe(name) for name, _ in decomposable_layers(model)}, before=norms), tracker:
         run(model, example)
-    return traces
+    return {name: replace(trace, normed=name in flow.through) for name, trace in traces.items()}
 
 
 def _call(module: nn.Module, features: Tensor, output: Tensor, images: int) -> LayerCall:

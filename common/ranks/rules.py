@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import astuple
 
 from ..compress import Factors, ModelFactors
 from ..configuration import Configuration, KernelRanks, MatrixRanks, Ranks
@@ -53,20 +54,27 @@ def energy(factors: ModelFactors, threshold: float) -> Configuration:
 
 
 def vbmf(factors: ModelFactors, scale: float = 1.0) -> Configuration:
-    """The ranks that EVBMF finds on every edge's matricization, times `scale` (which is what meets a budget).
+    """The ranks that EVBMF finds on every edge's matricization, weakened or scaled down to meet a budget.
 
-    Source: Nakajima et al., JMLR 14 (2013); Kim et al., ICLR 2016, use it to choose Tucker ranks.
+    At scale 1 they are as found; up to 2 they go evenly to the full ranks, as those who use them weaken them where they
+    are too tight; below 1 they are shares of what was found.
+
+    Source: Nakajima et al., JMLR 14 (2013); Kim et al., ICLR 2016, use it to choose Tucker ranks; Gusak et al., ICCV
+    workshops 2019, weaken them.
 
     Raises:
-        ValueError: unless scale > 0.
+        ValueError: unless 0 < scale <= 2.
     """
-    if not scale > 0:
-        raise ValueError(f"scale must be positive; got {scale}")
-    ranks = {
-        name: _legal(layer, tuple(scale * rank for rank in _vbmf_ranks(layer)))
-        for name, layer in factors.layers.items()
-    }
-    return Configuration(ranks)
+    if not 0 < scale <= 2:
+        raise ValueError(f"scale must be above 0 and at most 2; got {scale}")
+
+    def wanted(layer: Factors) -> tuple[float, ...]:
+        found, full = _vbmf_ranks(layer), astuple(layer.full_ranks)
+        if scale <= 1:
+            return tuple(scale * rank for rank in found)
+        return tuple(rank + (scale - 1) * (most - rank) for rank, most in zip(found, full, strict=True))
+
+    return Configuration({name: _legal(layer, wanted(layer)) for name, layer in factors.layers.items()})
 
 
 def _vbmf_ranks(layer: Factors) -> tuple[int, ...]:
@@ -107,7 +115,7 @@ def _legal(layer: Factors, wanted: tuple[float, ...]) -> Ranks:
 RULES: Mapping[str, tuple[Callable[[ModelFactors, float], Configuration], float, float]] = {
     "uniform": (uniform, 1e-3, 1.0),
     "energy": (energy, 1e-3, 1.0),
-    "vbmf": (vbmf, 1e-3, 50.0),
+    "vbmf": (vbmf, 1e-3, 2.0),
 }
 """Classic rule -> (function of factors and knob, least knob, largest knob). FLOPs grow with the knob."""
 

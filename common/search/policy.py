@@ -132,7 +132,8 @@ class Policy:
 
     def repaired(self, choice: Choice) -> dict[str, int]:
         """The choice brought to the budget, step by step along the menus: down where a step costs the least
-        sensitivity per cost saved, then up where it gains the most and still fits.
+        sensitivity per cost saved, then up where it gains the most and still fits. Without any sensitivity it goes up
+        where the layer keeps the least share of its own cost.
         """
         choice = dict(choice)
         while self.costs.of_choice(choice) > self.budget:
@@ -141,7 +142,11 @@ class Policy:
             choice[name] -= 1
         while True:
             room = self.budget - self.costs.of_choice(choice)
-            gains = {n: loss / max(cost, 1e-15) for n, (loss, cost) in self._steps(choice, 1).items() if cost <= room}
+            fitting = {name: step for name, step in self._steps(choice, 1).items() if step[1] <= room}
+            gains = {name: loss / max(cost, 1e-15) for name, (loss, cost) in fitting.items()}
+            if not any(s.any() for s in self.sensitivity.values()):
+                kept = {name: self.costs.entries[name][choice[name]] for name in fitting}
+                gains = {name: self.costs.entries[name][-1] / max(kept[name], 1e-15) for name in fitting}
             name = max(gains, key=gains.get, default=None)
             if name is None or gains[name] <= 0:
                 return choice

@@ -80,6 +80,12 @@ def test_a_small_comparison_runs_and_does_nothing_twice(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "out" / "rows.json").read_text())["rows"] == content["rows"]
 
 
+def test_rows_of_other_settings_are_not_taken_for_these(tmp_path, capsys):
+    (tmp_path / "rows.json").write_text(json.dumps({"provenance": [], "rows": []}))
+    assert rank_selection.main(["--dataset", "digits", "--out", str(tmp_path)]) == 2
+    assert "has rows of other settings: give another --out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["policy", "random"])
 def test_the_benchmark_searches_as_a_run_does(kind, tmp_path, screener, menus, sensitivity):
     """Same seed and budget: the same candidates, kept in memory or in a folder, and the best of them is the choice."""

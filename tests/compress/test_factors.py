@@ -592,3 +592,37 @@ def test_every_menu_entry_of_the_three_networks_keeps_the_bound_of_the_hsvd(name
             assert (tensor.to_dense() - kernel).norm() <= bound * (1 + 1e-4) + 1e-4 * kernel.norm(), (layer, entry)
             entries += 1
     assert entries > 3 * len(convolutions)
+
+
+# --- layers whose mean nothing gives back ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("behind", ["nothing", "a norm", "a bias"])
+def test_the_metric_counts_the_mean_exactly_where_nothing_gives_it_back(behind):
+    """A matrix of rank 8 in the metric of what counts: the best there is, and what the menu says of it is the truth."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 48, bias=behind == "a bias").double()
+    network = nn.Sequential(layer, *([nn.BatchNorm1d(48).double()] if behind == "a norm" else [])).eval()
+    x = torch.randn(400, 64, dtype=torch.float64) @ torch.diag(torch.linspace(2, 0.1, 64).double()) + 3
+    factors = factorize(network, x, layers=["0"]).layers["0"]
+    with torch.no_grad():
+        found, expected = factors.layer(MatrixRanks(8))(x), layer(x)
+    if behind != "nothing":
+        found, expected = found - found.mean(0), expected - expected.mean(0)
+    error = float((found - expected).square().sum() / expected.square().sum())
+    values = torch.linalg.svdvals(expected).square()
+    assert error == pytest.approx(float(values[8:].sum() / values.sum()), rel=1e-3)
+    assert factors.output_error(MatrixRanks(8)) == pytest.approx(error, rel=1e-2)
+
+
+@pytest.mark.parametrize(("bias", "norm"), [(False, False), (False, True), (True, False)])
+def test_kernels_of_bare_layers_are_whitened_about_zero(bias, norm):
+    torch.manual_seed(1)
+    conv = nn.Conv2d(12, 16, 3, padding=1, bias=bias)
+    network = nn.Sequential(conv, *([nn.BatchNorm2d(16)] if norm else [])).eval()
+    x = torch.randn(40, 12, 6, 6) + 2
+    factors = factorize(network, x, layers=["0"]).layers["0"]
+    pixels = x.movedim(1, -1).reshape(-1, 12)
+    moment = pixels.T @ pixels / len(pixels) if not (bias or norm) else torch.cov(pixels.T, correction=0)
+    basis = factors.reduce @ square_root(moment.double()).float()
+    torch.testing.assert_close(basis @ basis.T, torch.eye(12), rtol=0, atol=5e-3)

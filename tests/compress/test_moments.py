@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.compress import trace_layers
+from common.compress import factorize, trace_layers
 from common.compress.moments import channels_last_rows, gather_moments
 
 C, H, W = 3, 6, 5
@@ -182,3 +182,18 @@ def test_channel_rows_put_the_channel_axis_last():
     assert rows[5 * 2 + 3].tolist() == features[0, :, 2, 3].tolist()
     assert channels_last_rows(features, axis=-1).shape == (2 * 3 * 4, 5)
     assert channels_last_rows(features[:, :, 0, 0], axis=1).tolist() == features[:, :, 0, 0].tolist()
+
+
+def test_a_pixel_that_no_window_reads_is_refused_by_name_and_large_numbers_are_numbers():
+    """A stride of three leaves out the last row: what is there still enters the moments."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, stride=3)).eval()
+    images = torch.randn(4, 3, 7, 7)
+    images[0, 0, 6, 6] = torch.nan
+    with pytest.raises(ValueError, match=r"layer 0: .*NaN or infinite"):
+        factorize(model, images, layers=["0"])
+    large = 1e20 * torch.randn(4, 3, 7, 7)
+    factors = factorize(model, large, layers=["0"])
+    with torch.no_grad():
+        expected, found = model(large), factors.compress(factors.full_ranks())(large)
+    assert (found - expected).abs().max() < 1e-3 * expected.abs().max()

@@ -114,7 +114,19 @@ def test_rules_with_a_share_give_every_layer_legal_ranks(factors, weight_only, r
         chooser.check(config)
 
 
-@pytest.mark.parametrize("scale", [1e-6, 0.1, 1.0, 7.0, 1e6])
+def test_vbmfs_ranks_are_weakened_evenly_to_the_full_ones(factors):
+    """Where EVBMF finds nothing in one layer and much in another, neither gets a constant times the same."""
+    found, half, full = (vbmf(factors, scale) for scale in (1.0, 1.5, 2.0))
+    assert full == factors.full_ranks()
+    for name, tight in found.as_tuples().items():
+        ends = zip(tight, half.as_tuples()[name], full.as_tuples()[name], strict=True)
+        assert all(least <= between <= most for least, between, most in ends)
+        leaf = 0 if len(tight) == 3 else -1
+        middle = (tight[leaf] + full.as_tuples()[name][leaf]) / 2
+        assert abs(half.as_tuples()[name][leaf] - middle) <= 1
+
+
+@pytest.mark.parametrize("scale", [1e-6, 0.1, 1.0, 1.4, 2.0])
 def test_vbmf_gives_every_layer_legal_ranks(factors, weight_only, scale):
     for chooser in (factors, weight_only):
         config = vbmf(chooser, scale)
@@ -181,7 +193,7 @@ def test_a_layer_that_would_cost_more_than_dense_is_left_dense(factors):
         (lambda f: uniform(f, float("nan")), "got nan"),
         (lambda f: energy(f, 0), r"threshold must be in \(0, 1\]; got 0"),
         (lambda f: energy(f, 2), r"threshold must be in \(0, 1\]; got 2"),
-        (lambda f: vbmf(f, 0), "scale must be positive; got 0"),
+        (lambda f: vbmf(f, 0), "scale must be above 0 and at most 2; got 0"),
         (lambda f: meet_budget("tucker", f, 0.5), "rule must be one of uniform, energy, vbmf; got 'tucker'"),
         (lambda f: meet_budget("uniform", f, 1e-4), r"smallest ranks keep 0\.\d+ of the dense cost, above 0.0001"),
     ],

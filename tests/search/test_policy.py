@@ -204,3 +204,14 @@ def test_layers_without_a_menu_count_as_fixed_cost(factors, menus, costs):
 def test_an_update_leaves_budget_and_sensitivity_alone(policy):
     pulled = policy.updated([policy.mode()])
     assert replace(pulled, probabilities=policy.probabilities) == policy
+
+
+def test_without_sensitivity_the_mode_fills_the_budget_all_the_same():
+    """The cheapest entries are the mode then; what room is left goes to the layers that keep least of themselves."""
+    costs = MenuCosts({"a": np.linspace(0.05, 0.5, 10), "b": np.linspace(0.05, 0.5, 10)}, 0.0)
+    sensitivity = {"a": np.linspace(1, 0, 10), "b": np.linspace(0.1, 0, 10)}
+    for budget in (0.31, 0.51, 0.81):
+        policy = Policy.solve(sensitivity, costs, budget, use_sensitivity=False)
+        choice = policy.mode()
+        assert budget - 0.06 <= costs.of_choice(choice) <= budget
+        assert abs(choice["a"] - choice["b"]) <= 1
