@@ -50,6 +50,8 @@ def _run(options: argparse.Namespace) -> int:
     )
     model = trained_network(options.architecture, options.checkpoint, data.num_classes).to(options.device)
     aim = {"speedup": options.speedup} if options.speedup is not None else {"budgets": options.budgets}
+    if options.smallest:
+        aim = {"max_loss": options.max_loss}
     run = compress_network(
         model,
         data.train,
@@ -138,6 +140,9 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[0.5, 0.3],
         help="without --speedup: shares of FLOPs (default: 0.5 0.3)",
+    )
+    parser.add_argument(
+        "--smallest", action="store_true", help="in place of budgets: find the smallest network within --max-loss"
     )
     parser.add_argument("--max-loss", type=float, default=0.01, help="accuracy that may be lost (default: 0.01)")
     parser.add_argument("--epochs", type=int, default=3, help="of fine-tuning, 0 for none (default: 3)")

@@ -68,6 +68,9 @@ class Experiment(Run):
     def dense_score(self) -> float:
         return self.prepare_baseline().test_accuracy
 
+    def dense_validation(self) -> float:
+        return self.prepare_baseline().val_accuracy
+
     @step
     def draw_calibration(self) -> Tensor:
         """Training images `(N, C, H, W)` for moments, batch norm and biases; never validation or test."""

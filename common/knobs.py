@@ -29,6 +29,7 @@ class SearchKnobs:
     Attributes:
         layers: which layers are factorised; one of LAYER_SETS.
         budgets: shares of the dense cost that candidates may keep.
+        max_loss: in place of budgets: of the validation score, what the smallest network found may lose; None: budgets.
         cost: what the budgets are shares of: flops, params, the mean of the two (mix), or latency (measured, in the
             runtime of the run).
         candidates: screened per budget.
@@ -50,6 +51,7 @@ class SearchKnobs:
         tuple[Annotated[float, Field(gt=0, le=1)], ...],
         Field(min_length=1, description="shares of the dense cost, at least one, each above 0 and at most 1"),
     ] = (0.30, 0.15, 0.08)
+    max_loss: Annotated[float | None, Field(ge=0, lt=1, description="a share of the score in [0, 1), or None")] = None
     cost: Annotated[Literal[COSTS], Field(description=one_of(COSTS))] = "flops"
     candidates: Annotated[int, Field(ge=1, le=100_000, description="a number per budget, at least 1")] = 34
     sampler: Annotated[Literal[SAMPLERS], Field(description=one_of(SAMPLERS))] = "policy"

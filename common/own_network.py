@@ -24,6 +24,7 @@ from .checked import check_fields, from_text
 from .compress import choose_layers, trace_layers
 from .finetune import TrainSettings
 from .inputs import Inputs, first, length, like_model, pairs_of, run, sample
+from .knee import seek
 from .knobs import SearchKnobs
 from .modules import evaluating, unwrapped
 from .reports import plots
@@ -97,6 +98,7 @@ def compress_network(
     folder: str | Path = "runs/htd",
     budgets: Iterable[float] = (0.5, 0.3),
     speedup: float | None = None,
+    max_loss: float | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     finetune: Callable[[nn.Module, nn.Module, int], Any] | None = None,
     loss: Callable[[Any, Any], Tensor] | None = None,
@@ -119,6 +121,8 @@ def compress_network(
         folder: where the log, the state and the finished networks go.
         budgets: shares of the dense cost that candidates may keep, the cost being `cost`: flops, params, mix, latency.
         speedup: in place of budgets: how many times faster, measured here.
+        max_loss: in place of budgets: the smallest network that loses at most this much of the validation score, found
+            by moving the budget; see `common.knee`.
         evaluate: model -> number, higher is better, in place of top-1 accuracy.
         finetune: (model, teacher, epochs) -> None, in place of our training loop.
         loss: (output, targets) -> scalar tensor, in place of cross-entropy.
@@ -136,6 +140,8 @@ def compress_network(
         ValueError: a knob out of its range; a network of which nothing can be factorised; data without targets.
         SearchBusy: another process is at work in the folder.
     """
+    if speedup is not None and max_loss is not None:
+        raise ValueError("speedup and max_loss are two targets: give one of them")
     dense = unwrapped(model)
     if speedup is not None:
         knobs.setdefault("cost", "latency")
@@ -149,6 +155,7 @@ def compress_network(
         folder=str(folder),
         budgets=budgets if isinstance(budgets, str) else tuple(budgets),
         speedup=speedup,
+        max_loss=max_loss,
         leave_dense=tuple(leave_dense),
         finetune_epochs=epochs,
         calibration_images=calibration_images,
@@ -158,6 +165,8 @@ def compress_network(
     task = Task(dense, train, val, test, evaluate, finetune, loss, details or {})
     found = NetworkRun(settings, task, progress=progress)
     found.dense_score()  # first of all: a measure that does not work shows now, and not after the search
+    if max_loss is not None:
+        seek(found, max_loss)
     found.deploy()
     return found
 
@@ -178,20 +187,22 @@ class NetworkRun(Run):
         return pd.DataFrame(self.summary()).set_index("network")
 
     def best(self, max_loss: float | None = None) -> Small:
-        """The cheapest finalist that loses at most this much of the score (None: the run's tolerance).
+        """The cheapest finalist that loses at most this much of the validation score (None: of the run's `max_loss`,
+        or its tolerance). The test score is for reporting: nothing is chosen by it.
 
         With a speed-up asked for, the cheapest of those that reach it; where none does, the fastest.
 
         Raises:
             ValueError: none kept its score, or there is no score; see `pick`.
         """
-        limit = self.settings.tolerance if max_loss is None else max_loss
-        rule = AcceptanceRule(self.dense_score(), limit)
+        limits = (max_loss, self.settings.max_loss, self.settings.tolerance)
+        limit = next(one for one in limits if one is not None)
+        rule = AcceptanceRule(self.dense_validation(), limit)
         if rule.baseline is None:
             raise ValueError("this task has no score to choose by: give evaluate=, or take one with pick(trial)")
-        kept = [one for one in self.finetune() if one.path is not None and rule.accepts(one.record["accuracy"])]
+        kept = [one for one in self.finetune() if one.path is not None and rule.accepts(one.record["val_accuracy"])]
         if not kept:
-            scores = {one.record["trial"]: one.record.get("accuracy") for one in self.finetune()}
+            scores = {one.record["trial"]: one.record.get("val_accuracy") for one in self.finetune()}
             raise ValueError(f"no finalist is within {limit} of the dense {rule.baseline:.4f}; they have {scores}")
         if self.settings.speedup is not None:
             times = self.deploy()
@@ -285,6 +296,15 @@ class NetworkRun(Run):
     def dense_score(self) -> float | None:
         """The dense network's score by the user's measure, or its accuracy; None where there is neither."""
         return self._score(self.task.model)
+
+    @step
+    def dense_validation(self) -> float | None:
+        """Of what candidates are judged by: all of validation, or, where nothing is trained, what is screened."""
+        if not self.settings.finetune_epochs:
+            return self.make_screener().score_of(self.task.model)
+        if self.task.evaluate is not None:
+            return self._score(self.task.model)
+        return top1(self.task.model, self.task.val)
 
     def _score(self, model: nn.Module) -> float | None:
         if self.task.evaluate is not None:

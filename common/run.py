@@ -12,7 +12,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ from .provenance import provenance
 from .ranks import CostMeasure, Menus, build_menus, meet_budget, time_menus
 from .reports import RunLog
 from .search import (
+    AcceptanceRule,
     CandidateFailed,
     Finalist,
     Record,
@@ -132,6 +133,10 @@ class Run(ABC):
         """The dense network's final score; None where there is no metric."""
 
     @abstractmethod
+    def dense_validation(self) -> float | None:
+        """The dense network's score on validation, as candidates have theirs; None where there is no metric."""
+
+    @abstractmethod
     def header(self) -> dict[str, Any]:
         """What the log's first lines say beside the knobs and the provenance."""
 
@@ -215,6 +220,12 @@ class Run(ABC):
         sensitivity = self.measure_sensitivity()
         return Search(self.make_screener(), menus, sensitivity, settings, s.state_folder, self.open_log())
 
+    def use_budgets(self, budgets: tuple[float, ...]) -> None:
+        """Go on with other budgets; what was done for those that stay is on disk, and not done again."""
+        self.settings = replace(self.settings, budgets=budgets)
+        for verb in ("solve_policies", "screen", "finetune", "deploy", "screen_uniform"):
+            self._done.pop(verb, None)
+
     @step
     def screen(self) -> list[Record]:
         """The record of every candidate, screened without training."""
@@ -262,12 +273,14 @@ class Run(ABC):
         return found
 
     def best(self) -> Finalist:
-        """The finalist of fewest FLOPs among those that lose at most the tolerance on test.
+        """The finalist of fewest FLOPs among those that lose at most the tolerance on validation.
 
         Raises:
             ValueError: there is none.
         """
-        accepted = [one for one in self.finetune() if one.path is not None and one.record["accepted"]]
+        rule = AcceptanceRule(self.dense_validation(), self.settings.tolerance)
+        finished = [one for one in self.finetune() if one.path is not None]
+        accepted = [one for one in finished if rule.accepts(one.record["val_accuracy"])]
         if not accepted:
             raise ValueError(f"no finalist kept its accuracy within {self.settings.tolerance}: raise a budget")
         return min(accepted, key=lambda one: one.record["flops"])
@@ -340,7 +353,8 @@ class Run(ABC):
         Raises:
             ValueError: naming the folder and what differs.
         """
-        own = {name: value for name, value in self.settings.rows() if name not in MAY_CHANGE}
+        moved = {"budgets"} if self.settings.max_loss is not None else set()
+        own = {name: value for name, value in self.settings.rows() if name not in moved.union(MAY_CHANGE)}
         own["baseline"] = weights_digest(self.dense_model())
         own = json.loads(json.dumps(own, default=str))
         path = self.settings.state_folder / "settings.json"

@@ -65,7 +65,7 @@ def _place(name: str) -> str:
 
 
 def describe(module: nn.Module, name: str) -> Spec:
-    """A description of one module, with the sizes of its parameters.
+    """A description of one module, with the sizes of its parameters, as JSON would give it back.
 
     name: for the message.
 
@@ -80,12 +80,13 @@ def describe(module: nn.Module, name: str) -> Spec:
             "groups": [list(group) for group in weights],
             "shapes": [list(weight.shape) for weight in weights.values()],
             "bias": module.bias is not None,
-            "geometry": {key: value for key, value in asdict(module.geometry).items() if value is not None},
+            "geometry": {key: _listed(value) for key, value in asdict(module.geometry).items() if value is not None},
         }
     if type(module) is nn.Sequential:
         return {"kind": "sequence", "modules": [describe(child, name) for child in module]}
     if type(module) in (*CONVOLUTIONS, *TRANSPOSED):
-        options = {key: getattr(module, key) for key in ("stride", "padding", "dilation", "groups", "padding_mode")}
+        names = ("stride", "padding", "dilation", "groups", "padding_mode")
+        options = {key: _listed(getattr(module, key)) for key in names}
         sizes = {"in": module.in_channels, "out": module.out_channels, "kernel": list(module.kernel_size)}
         transposed = type(module) in TRANSPOSED
         options |= {"transposed": True, "output_padding": list(module.output_padding)} if transposed else {}
@@ -103,6 +104,10 @@ def describe(module: nn.Module, name: str) -> Spec:
         f"{_place(name)} is a {type(module).__name__}({module.extra_repr()}), which neither the architecture has there "
         "nor compressing or deploying puts there"
     )
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def build(spec: Any) -> nn.Module:

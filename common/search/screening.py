@@ -130,6 +130,10 @@ class Screener:
                 count += length(inputs)
         return total / count
 
+    def score_of(self, model: nn.Module) -> float | None:
+        """Accuracy on the screened samples, or the task's own score; None where it has none."""
+        return self._evaluate(model)[0]
+
     def _evaluate(self, model: nn.Module) -> tuple[float | None, float]:
         """Accuracy (or the score, or None where there is neither) and mean divergence."""
         right, asked, distance, count = 0, 0, 0.0, 0
