@@ -177,11 +177,13 @@ def table(content: Mapping[str, Any]) -> str:
         lines = [
             [method, *(_lost(dense, [r for r in rows if r["method"] == method and r["budget"] == b]) for b in budgets)]
             for method in METHODS
+            if any(row["method"] == method for row in rows)
         ]
         heads = [f"{network}: points lost", *(f"{budget:.0%}" for budget in budgets)]
         seeds = len({row["seed"] for row in rows})
         parts.append(tabulate(lines, headers=heads, tablefmt="github", disable_numparse=True))
-        parts.append(f"Columns are shares of the dense FLOPs. {seeds} seeds; dense: {dense:.4f} on test. No training.")
+        count = f"{seeds} seed{'s' if seeds > 1 else ''}"
+        parts.append(f"Columns are shares of the dense FLOPs. {count}; dense: {dense:.4f} on test. No training.")
     return "\n\n".join(parts)
 
 
@@ -260,7 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--candidates", type=int, default=24, help="screened per budget by a sampler (default: 24)")
     parser.add_argument("--calibration", type=int, default=512, metavar="IMAGES")
     parser.add_argument("--screen", type=int, default=1000, metavar="IMAGES")
-    parser.add_argument("--out", type=Path, default=Path("results/cifar10-32"))
+    parser.add_argument("--out", type=Path, default=Path("results/published-networks"))
     return parser
 
 

@@ -39,6 +39,8 @@ def adopted(executed: Any, current: Any, name: str) -> Any:
         cell.cell_type == "code" and (cell.execution_count is None or _failed(cell)) for cell in cells
     ):
         raise ValueError(f"{name} was not run to its end")
+    for cell in cells:
+        cell.source = without_note(cell.source)  # it was run from a root that had outputs of its own
     if [cell.source for cell in cells] != [without_note(cell.source) for cell in current.cells]:
         raise ValueError(f"{name} has other cells than the one at the root: run that one again")
     for cell, old in zip(cells, current.cells, strict=True):

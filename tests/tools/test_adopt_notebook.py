@@ -4,7 +4,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from tools.adopt_notebook import adopted, without_note
+from tools.adopt_notebook import NOTE, adopted, without_note
 
 
 def notebooks(**changes):
@@ -40,6 +40,15 @@ def test_outputs_stay_and_notes_go():
     assert [cell.execution_count for cell in made.cells[1:]] == [1, 2]
     again = adopted(notebooks()[0], made, "x.ipynb")
     assert again.cells[0].source == made.cells[0].source
+
+
+def test_a_notebook_that_was_run_with_the_outputs_of_another_run_in_it_is_taken():
+    executed, current = notebooks()
+    noted = f"# Title\n\n{NOTE} `papermill x.ipynb out.ipynb -p A 9`."
+    executed.cells[0].source = current.cells[0].source = noted
+    made = adopted(executed, current, "x.ipynb")
+    assert made.cells[0].source.count(NOTE) == 1
+    assert "-p A 5" in made.cells[0].source
 
 
 @pytest.mark.parametrize(
