@@ -1,4 +1,4 @@
-"""Networks that are no image classifiers go through the one call: several inputs, a U-Net with its own measure."""
+"""Networks that are no image classifiers go through the one call: several inputs, three axes."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from benchmarks import other_tasks
 
 
-@pytest.mark.parametrize("name", ["comparison", "masks"])
+@pytest.mark.parametrize("name", ["comparison", "clips"])
 def test_a_task_is_trained_compressed_and_tabled(name, tmp_path, monkeypatch):
     made = other_tasks.TASKS[name]
 
