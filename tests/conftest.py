@@ -78,3 +78,8 @@ def costs(factors, menus):
 @pytest.fixture(scope="session")
 def screener(factors, calibration, digits):
     return Screener(factors, calibration, digits.val, limit=64)
+
+
+def pytest_collection_modifyitems(items):
+    """The notebooks first: they take longest, and one that runs last runs alone."""
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
