@@ -49,9 +49,7 @@ def _run(options: argparse.Namespace) -> int:
         seed=options.split_seed,
     )
     model = trained_network(options.architecture, options.checkpoint, data.num_classes).to(options.device)
-    aim = {"speedup": options.speedup} if options.speedup is not None else {"budgets": options.budgets}
-    if options.smallest:
-        aim = {"max_loss": options.max_loss}
+    targets = {"speedup": options.speedup, "max_loss": options.max_loss if options.smallest else None}
     run = compress_network(
         model,
         data.train,
@@ -77,7 +75,8 @@ def _run(options: argparse.Namespace) -> int:
             "image_size": image_size,
             "resize": options.resize,
         },
-        **aim,
+        budgets=options.budgets,
+        **targets,
     )
     print(styled_text(run.table()))
     try:
