@@ -32,7 +32,7 @@ if __package__ in (None, ""):
 
 from benchmarks.cifar_resnet import from_checkpoint
 from common import data
-from common.compress import HTLayer, ModelFactors, Targets, factorize, reconstruct
+from common.compress import HTLayer, ModelFactors, factorize, reconstruct
 from common.compress.layers import PLANS
 from common.configuration import Configuration, KernelRanks
 from common.files import exclusive, write_text
@@ -40,6 +40,7 @@ from common.finetune import evaluate
 from common.modules import copy_with
 from common.provenance import provenance
 from common.ranks import build_menus, meet_budget
+from common.run import MOST_SENSITIVITY_IMAGES
 from common.search import (
     CandidateFailed,
     Screener,
@@ -57,8 +58,6 @@ SAMPLERS = ("policy", "tpe")
 TWO_FACTOR = "two-factor SVD"
 METHODS = (*SAMPLERS, *RULES, TWO_FACTOR)
 
-MOST_SENSITIVITY_IMAGES = 256
-
 
 class Bench:
     """What all rows of one network and seed have in common."""
@@ -68,7 +67,6 @@ class Bench:
         self.images = dataset.train.sample(options.calibration, seed)
         self.factors = factorize(model, self.images)
         self.weights = factorize(model, self.images, bases="weight")
-        self.targets = Targets.of(self.factors, self.images)
         self.screener = Screener(self.factors, self.images, dataset.val, limit=options.screen)
         self.menus = build_menus(self.factors)
         most = self.images[: min(options.calibration // 4, MOST_SENSITIVITY_IMAGES)]
@@ -96,7 +94,7 @@ class Bench:
         """The network, its configuration, and how many were screened for it."""
         if method == TWO_FACTOR:
             config = two_factor_ranks(self.factors, budget)
-            return reconstruct(two_factor(self.factors, config), self.targets), config, 1
+            return reconstruct(two_factor(self.factors, config), self.screener.targets), config, 1
         if method in RULES:
             config = meet_budget(method, self.weights, budget, priced=self.factors)
             return self.screener.build(config), config, 1

@@ -197,13 +197,13 @@ class NetworkRun(Run):
         """
         limits = (max_loss, self.settings.max_loss, self.settings.tolerance)
         limit = next(one for one in limits if one is not None)
-        rule = AcceptanceRule(self.dense_validation(), limit)
-        if rule.baseline is None:
+        dense = self.dense_validation()
+        if dense is None:
             raise ValueError("this task has no score to choose by: give evaluate=, or take one with pick(trial)")
-        kept = [one for one in self.finetune() if one.path is not None and rule.accepts(one.record["val_accuracy"])]
+        kept = self.within(limit)
         if not kept:
             scores = {one.record["trial"]: one.record.get("val_accuracy") for one in self.finetune()}
-            raise ValueError(f"no finalist is within {limit} of the dense {rule.baseline:.4f}; they have {scores}")
+            raise ValueError(f"no finalist is within {limit} of the dense {dense:.4f}; they have {scores}")
         if self.settings.speedup is not None:
             times = self.deploy()
             fast = [one for one in kept if times.speedup(one.record["trial"]) >= self.settings.speedup]
@@ -302,9 +302,11 @@ class NetworkRun(Run):
         """Of what candidates are judged by: all of validation, or, where nothing is trained, what is screened."""
         if not self.settings.finetune_epochs:
             return self.make_screener().score_of(self.task.model)
-        if self.task.evaluate is not None:
-            return self._score(self.task.model)
-        return top1(self.task.model, self.task.val)
+        return self._validated(self.task.model)
+
+    def _validated(self, model: nn.Module) -> float | None:
+        """The task's own score, or accuracy on all of validation; None where there is neither."""
+        return self._score(model) if self.task.evaluate is not None else top1(model, self.task.val)
 
     def _score(self, model: nn.Module) -> float | None:
         if self.task.evaluate is not None:
@@ -323,9 +325,7 @@ class NetworkRun(Run):
         has_score = self.dense_score() is not None
 
         def validate(model: nn.Module) -> float:
-            if self.task.evaluate is not None:
-                return self._score(model)
-            found = top1(model, self.task.val)
+            found = self._validated(model)
             return -screener.distance(model) if found is None else found
 
         settings = TrainSettings(

@@ -278,12 +278,15 @@ class Run(ABC):
         Raises:
             ValueError: there is none.
         """
-        rule = AcceptanceRule(self.dense_validation(), self.settings.tolerance)
-        finished = [one for one in self.finetune() if one.path is not None]
-        accepted = [one for one in finished if rule.accepts(one.record["val_accuracy"])]
+        accepted = self.within(self.settings.tolerance)
         if not accepted:
             raise ValueError(f"no finalist kept its accuracy within {self.settings.tolerance}: raise a budget")
         return min(accepted, key=lambda one: one.record["flops"])
+
+    def within(self, loss: float) -> list[Finalist]:
+        """The finalists that lose at most this much of the validation score; none where there is no score."""
+        rule = AcceptanceRule(self.dense_validation(), loss)
+        return [one for one in self.finetune() if one.path is not None and rule.accepts(one.record["val_accuracy"])]
 
     @property
     def score_name(self) -> str:

@@ -63,7 +63,6 @@ def sections(results: Path) -> Mapping[str, Callable[[], str]]:
     files = {f"rules-{folder.name}": folder / "table.md" for folder in compared}
     files |= {f"ablation-{folder.name}": folder / "ablation.md" for folder in compared}
     files |= {folder.name: folder / "latency.md" for folder in sorted(results.glob("latency-*"))}
-    files |= {path.stem: path for path in results.glob("*.md") if path.stem in ("every-network", "other-tasks")}
     files["published-networks"] = results / "published-networks" / "table.md"
     largest = documents.largest(runs)
     smaller = [run for run in runs if run not in largest]

@@ -1,7 +1,7 @@
 """The method: a network factorised once, compressed for any rank configuration."""
 
 from .factors import KernelFactors, MatrixFactors
-from .geometry import CONVOLUTIONS, TRANSPOSED, Geometry, scale_outputs
+from .geometry import CONVOLUTIONS, TRANSPOSED, Geometry, paddings, scale_outputs
 from .grouped import GroupedFactors
 from .htucker import DimensionTree, HTucker, hsvd
 from .layers import STAGES, HTLayer
@@ -30,6 +30,7 @@ __all__ = [
     "choose_layers",
     "factorize",
     "hsvd",
+    "paddings",
     "recalibrate",
     "reconstruct",
     "reconstructed_outputs",

@@ -19,7 +19,7 @@ from .factors import DOUBLE_PRECISION_UP_TO, KernelFactors, MatrixFactors, falli
 from .geometry import Convolution, Geometry
 from .grouped import GroupedFactors
 from .htucker import matricize, mode_product
-from .moments import LayerMoments
+from .moments import LayerMoments, wide
 from .trace import LayerTrace
 
 WHITENING_FLOOR = 1e-4
@@ -68,9 +68,8 @@ def factorize_layer(
 
 
 def _weight(layer: Convolution | nn.Linear, geometry: Geometry) -> Tensor:
-    """The layer's weight ``(C_out, C_in of a group, rows, columns)``, detached, in float32 or wider: eigenvectors and
-    sums in 16 bits are worth nothing."""
-    weight = layer.weight.detach().to(torch.promote_types(layer.weight.dtype, torch.float32))
+    """The layer's weight ``(C_out, C_in of a group, rows, columns)``; see `wide`."""
+    weight = wide(layer.weight)
     if geometry.unflatten is not None:
         return weight.reshape(len(weight), *geometry.unflatten)
     if geometry.linear:

@@ -142,6 +142,12 @@ class Geometry:
         return rows, columns
 
 
+def paddings(layer: nn.Module) -> list[tuple[int, int]]:
+    """(before, after) along each axis of a plain convolution's window; torch keeps them last axis first."""
+    both = layer._reversed_padding_repeated_twice
+    return list(zip(both[0::2], both[1::2], strict=True))[::-1]
+
+
 def swapped(weight: Tensor, groups: int) -> Tensor:
     """``(groups a, b, ...)`` -> ``(groups b, a, ...)``: between a transposed convolution's weight and a plain one's."""
     return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)

@@ -100,8 +100,7 @@ class HTLayer(nn.Module):
         Together with the sizes below it lets code that reads a layer from outside go on working.
         """
         groups = self.geometry.groups
-        stages = dict(zip(self.groups, map(self._kernel_form, self.stages), strict=True))
-        (whole,) = merge_stages(stages, [sum(self.groups, ())], groups).values()
+        (whole,) = merge_stages(self._weights(), [sum(self.groups, ())], groups).values()
         if self.geometry.linear:
             return whole.flatten(1)
         whole = whole.reshape(*whole.shape[:2], *self.kernel_size)
@@ -170,7 +169,10 @@ class HTLayer(nn.Module):
 
     def weights(self) -> dict[tuple[str, ...], Tensor]:
         """Stage group -> detached weight: ``(o, i, h, w)`` for a kernel, ``(o, i)`` for a matrix."""
-        return {group: self._kernel_form(stage).detach() for group, stage in zip(self.groups, self.stages, strict=True)}
+        return {group: weight.detach() for group, weight in self._weights().items()}
+
+    def _weights(self) -> dict[tuple[str, ...], Tensor]:
+        return dict(zip(self.groups, map(self._kernel_form, self.stages), strict=True))
 
     def with_plan(self, plan: str) -> HTLayer:
         """The same function as a new layer in another execution plan; shares no tensor with this one.

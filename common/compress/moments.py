@@ -62,7 +62,7 @@ class _Accumulator:
         self.count, self.origin, self.total, self.square = 0, 0.0, 0.0, 0.0
 
     def add(self, rows: Tensor) -> None:
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        rows = wide(rows)
         if not self.count:
             self.origin = rows.mean(0)
         rows = rows - self.origin
@@ -109,7 +109,7 @@ class _WindowAccumulator:
         self._maps: dict[torch.Size, tuple[int, Tensor]] = {}
 
     def add(self, features: Tensor) -> None:
-        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        features = wide(features)
         features = features if self._unflatten is None else features.reshape(-1, *self._unflatten)
         self._channels.add(channels_last_rows(features))
         centred = features - self._per_channel(self._channels.origin)
@@ -167,6 +167,11 @@ class _WindowAccumulator:
 def _unit_mean_variance(products: Tensor) -> Tensor:
     mean = products.diagonal().mean()
     return products / mean if mean > 0 else torch.eye(len(products), dtype=products.dtype)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Detached, in float32 or wider: sums and eigenvectors in 16 bits are worth nothing."""
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def channels_last_rows(features: Tensor, axis: int = 1) -> Tensor:

@@ -32,8 +32,8 @@ from ..modules import hooked
 from .flow import Flow, running_norms
 from .geometry import TRANSPOSED
 from .layers import HTLayer
-from .moments import channels_last_rows
-from .ridge import correction, design_rows, wide
+from .moments import channels_last_rows, wide
+from .ridge import correction, design_rows
 from .targets import NormInput, Sums, Targets, rows_at
 
 VARIANCE_EXPONENT = 0.5
@@ -78,17 +78,16 @@ class _Fits:
         self.before: dict[str, Callable] = {}
         self.after: dict[str, Callable] = {}
         self._axes: dict[str, int] = {}
-        sizes = {}
         for name, layer in model.named_modules():
             if isinstance(layer, HTLayer) and name in targets.outputs:
                 self._axes[name] = -1 if layer.geometry.linear else 1
                 self.before[f"{name}.stages.{len(layer.stages) - 1}"] = self._fit(name)
                 self.after[name] = self._ran(name)
-                sizes[name] = sum(stage.weight.numel() for stage in layer.stages)
         norms = {name: model.get_submodule(name) for name in running_norms(model) if name in targets.norms}
         self.before |= {name: _once(self._follow(targets.norms[name])) for name in norms}
         self.after |= dict.fromkeys(norms, self._normalised)
-        self.watch = Sums(self._flow, sizes, before=self._sum, after=None)
+        # Of a sum's two operands the dense pass has chosen the one to fit: no other counts here.
+        self.watch = Sums(self._flow, dict.fromkeys(targets.sums, 1), before=self._sum)
 
     def _fit(self, name: str) -> Callable:
         outputs, positions = self._targets.outputs[name], self._targets.positions[name]

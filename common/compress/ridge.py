@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .geometry import paddings
+from .moments import wide
+
 RIDGE = 1e-2
 """Share of the mean variance of what reaches the stage by which its fit is pulled towards the truncated factor."""
 
@@ -60,7 +63,7 @@ def design_rows(stage: nn.Module, features: Tensor, positions: Tensor) -> Tensor
     sizes = [
         (size + left + right - dilation * (window - 1) - 1) // stride + 1
         for size, (left, right), dilation, window, stride in zip(
-            features.shape[2:], _paddings(stage), stage.dilation, stage.kernel_size, stage.stride, strict=True
+            features.shape[2:], paddings(stage), stage.dilation, stage.kernel_size, stage.stride, strict=True
         )
     ]
     features = _padded(stage, features)
@@ -80,19 +83,9 @@ def _tap(stage: nn.Module, places: tuple[Tensor, ...], offset: tuple[int, ...]) 
     )
 
 
-def _paddings(stage: nn.Module) -> list[tuple[int, int]]:
-    """(before, after) along each axis."""
-    both = stage._reversed_padding_repeated_twice
-    return list(zip(both[0::2], both[1::2], strict=True))[::-1]
-
-
 def _padded(stage: nn.Module, features: Tensor) -> Tensor:
     both = stage._reversed_padding_repeated_twice
     if not any(both):
         return features
     mode = "constant" if stage.padding_mode == "zeros" else stage.padding_mode
     return F.pad(features, both, mode=mode)
-
-
-def wide(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))

@@ -16,8 +16,8 @@ from ..inputs import Inputs, first, length, run
 from ..modules import hooked
 from .flow import Flow, running_norms
 from .model_factors import ModelFactors
-from .moments import channels_last_rows
-from .ridge import by_image, wide
+from .moments import channels_last_rows, wide
+from .ridge import by_image
 
 ROWS = 8192
 """Rows (images times positions) that a layer is fitted on, at least one position of each image: more change nothing."""
@@ -76,7 +76,7 @@ class Sums(TorchFunctionMode):
     shape, one of which is a layer's output; of two such, the layer of more weights."""
 
     def __init__(
-        self, flow: Flow, sizes: Mapping[str, int], *, before: Callable | None, after: Callable | None
+        self, flow: Flow, sizes: Mapping[str, int], *, before: Callable | None = None, after: Callable | None = None
     ) -> None:
         super().__init__()
         self._flow, self._sizes, self._before, self._after = flow, sizes, before, after
@@ -111,7 +111,7 @@ class _DenseOutputs:
         self._generator = torch.Generator().manual_seed(0)
         self._axes: dict[str, int] = {}
         self.flow = Flow()
-        self.watch = Sums(self.flow, sizes, before=None, after=self._sum)
+        self.watch = Sums(self.flow, sizes, after=self._sum)
         self.positions: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
         self.sums: dict[str, Tensor] = {}

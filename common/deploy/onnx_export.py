@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 
-from ..compress import CONVOLUTIONS, TRANSPOSED
+from ..compress import CONVOLUTIONS, TRANSPOSED, paddings
 from ..files import atomic_path
 from ..inputs import Inputs, first, length, run
 from ..modules import copy_with, evaluating, first_line, unwrapped
@@ -251,9 +251,8 @@ class _GraphWriter:
             raise ValueError(f"a graph of plain layers has convolutions and linear layers; got {layer}")
 
     def _convolution(self, layer: nn.Module) -> None:
-        # As torch pads for functional.pad: (left, right, top, bottom, ...), the last axis first.
-        both = layer._reversed_padding_repeated_twice
-        pads = [*both[0::2][::-1], *both[1::2][::-1]]
+        before, after = zip(*paddings(layer), strict=True)
+        pads = [*before, *after]
         if layer.padding_mode != "zeros":
             axes = len(layer.kernel_size)
             amounts = torch.tensor([0, 0, *pads[:axes], 0, 0, *pads[axes:]])

@@ -68,7 +68,7 @@ class Screener:
     ) -> None:
         self.factors, self._score = factors, score
         calibration = channels_last(like_model(calibration, factors.model))
-        self._targets = Targets.of(factors, calibration)
+        self.targets = Targets.of(factors, calibration)
         if isinstance(validation, Split):
             size = inputs_batch(calibration)
             chosen = validation.batches(size, limit=min(limit, len(validation)))
@@ -99,7 +99,7 @@ class Screener:
 
         It is channels-last: small convolutions run two to five times faster in it on a CPU.
         """
-        return reconstruct(laid_out(self.factors.compress(config), channels_last=True), self._targets)
+        return reconstruct(laid_out(self.factors.compress(config), channels_last=True), self.targets)
 
     def screen(self, config: Mapping[str, Ranks]) -> Screening:
         """Compress, reconstruct, evaluate.
