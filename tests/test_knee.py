@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from common import compress_network
 from common.knee import CLOSE, MOST_BUDGETS, seek
 from common.reports import read_log
+from tests.helpers import fitted, loaders_of
 
 QUICK = {"candidates": 3, "latency_batch": 4, "calibration_images": 64, "screen_images": 48, "promote": 1}
 QUICK |= {"sensitivity": "proxy", "progress": False}
@@ -94,17 +94,9 @@ class Net(nn.Module):
 
 @pytest.fixture(scope="module")
 def task(digits):
-    pairs = [next(split.batches(len(split))) for split in (digits.train, digits.val)]
-    loaders = [DataLoader(TensorDataset(one.images, one.labels), batch_size=32) for one in pairs]
+    loaders = loaders_of(digits)
     torch.manual_seed(0)
-    model = Net()
-    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
-    for _ in range(6):
-        for images, labels in loaders[0]:
-            optimizer.zero_grad()
-            F.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-    return model, *loaders
+    return fitted(Net(), loaders[0], epochs=6), *loaders
 
 
 def test_a_run_finds_the_smallest_network_by_validation_and_resumes(task, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 import analyze_results
 import jsonify_logs
@@ -13,6 +13,7 @@ from common.deploy import onnx_session
 from common.models import CheckpointError, load_compressed
 from common.ranks.timed_menus import MenuTimes
 from common.reports import read_log
+from tests.helpers import fitted, loaders_of
 
 QUICK = {
     "candidates": 3,
@@ -43,21 +44,13 @@ class Net(nn.Module):
 
 @pytest.fixture(scope="module")
 def loaders(digits):
-    pairs = [next(split.batches(len(split))) for split in (digits.train, digits.val)]
-    return [DataLoader(TensorDataset(one.images, one.labels), batch_size=32) for one in pairs]
+    return loaders_of(digits)
 
 
 @pytest.fixture(scope="module")
 def trained(loaders):
     torch.manual_seed(0)
-    model = Net()
-    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
-    for _ in range(8):
-        for images, labels in loaders[0]:
-            optimizer.zero_grad()
-            F.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-    return model
+    return fitted(Net(), loaders[0], epochs=8)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from common.compress import HTLayer, factorize, recalibrate
 from common.compress.recalibration import correct_biases, reestimate_batch_norm
 from common.configuration import KernelRanks, MatrixRanks
+from tests.helpers import halved
 
 
 def images(count: int = 12, seed: int = 0) -> Tensor:
@@ -52,18 +53,6 @@ def normed_net() -> nn.Sequential:
 def names(model: nn.Module) -> list[str]:
     """Every layer by name: small matrices are only factorised if they are asked for."""
     return [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-
-
-def halved(factors) -> dict:
-    """About half of every full rank."""
-    config = {}
-    for name, full in factors.full_ranks().items():
-        if isinstance(full, MatrixRanks):
-            config[name] = MatrixRanks(max(1, full.rank // 2))
-        else:
-            leaf_in, leaf_out = max(1, full.rank_in // 2), max(1, full.rank_out // 2)
-            config[name] = KernelRanks(leaf_in, max(1, min(leaf_in, leaf_out, full.rank_mid // 2)), leaf_out)
-    return config
 
 
 def channel_means(

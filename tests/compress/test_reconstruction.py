@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from common.compress import HTLayer, Targets, factorize, recalibrate, reconstruct, reconstructed_outputs
 from common.configuration import KernelRanks, MatrixRanks
 from common.modules import copy_with
+from tests.helpers import halved
 
 
 def images(count: int = 48, seed: int = 0) -> Tensor:
@@ -58,17 +59,6 @@ def factors(dense):
 @pytest.fixture(scope="module")
 def targets(factors):
     return Targets.of(factors, images())
-
-
-def halved(factors) -> dict:
-    config = {}
-    for name, full in factors.full_ranks().items():
-        if isinstance(full, MatrixRanks):
-            config[name] = MatrixRanks(max(1, full.rank // 2))
-        else:
-            ends = max(1, full.rank_in // 2), max(1, full.rank_out // 2)
-            config[name] = KernelRanks(ends[0], max(1, min(*ends, full.rank_mid // 2)), ends[1])
-    return config
 
 
 def lost(model: nn.Module, dense: nn.Module, x: Tensor) -> float:
