@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from .inputs import Inputs, length, run
-from .modules import evaluating
+from .modules import differentiated, evaluating
 
 # One timed sample repeats the call until it lasts about this long, so that the clock's own jitter is far below it.
 MIN_SAMPLE_SECONDS = 5e-3
@@ -75,7 +75,9 @@ def count_flops_by_layer(model: nn.Module, input_shape: Sequence[int] | Inputs, 
         batch = length(images)
     else:
         images = _zero_images(model, input_shape, batch)
-    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # With gradients, or a product with a frozen matrix may run as a batched one, which nobody counts, and the counter,
+    # which hangs a hook on whatever a module is called with, stumbles over a class token.
+    with evaluating(model), differentiated(model), FlopCounterMode(display=False) as counter:
         own_macs = _run_with_attribution(model, images, counter)
     if not any(own_macs.values()):
         raise ValueError(

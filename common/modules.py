@@ -46,6 +46,20 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def differentiated(model: nn.Module) -> Iterator[None]:
+    """Inside, gradients are on and every parameter asks for one; afterwards only those that did before."""
+    frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
 def hooked(
     model: nn.Module, hooks: Mapping[str, Callable], *, before: Mapping[str, Callable] | None = None
 ) -> Iterator[None]:

@@ -254,3 +254,38 @@ def test_an_attention_layer_is_counted_on_its_fused_path_too():
     projections = 5 * (3 * 32 * 32 + 32 * 32 + 2 * 32 * 64)
     assert count_flops(model, tokens) == projections
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_a_parameter_that_a_module_is_called_with_is_no_obstacle():
+    """Class tokens of transformers: the counter asks for the gradient of every module's inputs."""
+
+    class Token(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.mixing = nn.Parameter(torch.zeros(1, 4)), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.mixing(self.token) + x.mean()
+
+    model = Token()
+    assert count_flops(model, (1, 2, 2)) == 12
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_frozen_weights_count_as_others_do():
+    """torch multiplies rows of several axes by a matrix in one of two ways, by whether it asks for a gradient."""
+
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix = nn.Linear(6, 5, bias=False)
+
+        def forward(self, x):
+            return self.mix(x.transpose(2, 3))
+
+    model = Rows()
+    expected = count_flops(model, (2, 6, 4))
+    assert expected == 2 * 4 * 6 * 5
+    model.requires_grad_(False)
+    assert count_flops(model, (2, 6, 4)) == expected
+    assert not any(parameter.requires_grad for parameter in model.parameters())

@@ -20,7 +20,7 @@ from ..inputs import Batches, Inputs, batches_of, joined, length, like_model, ru
 from ..modules import hooked, inputs_batch, unwrapped
 from .geometry import scale_outputs
 from .layers import HTLayer
-from .moments import channels_last_rows
+from .moments import channels_last_rows, mean_and_variance
 
 LARGEST_GAIN = 4.0
 """Most that a channel's scale is changed: a channel that is nearly lost would only have its noise amplified."""
@@ -126,7 +126,7 @@ def _corrections(
 def _match(target_mean: Tensor, target_std: Tensor | None) -> Callable:
     def hook(module: HTLayer, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         axis = -1 if module.geometry.linear else 1
-        variance, mean = torch.var_mean(channels_last_rows(output, axis), dim=0, correction=0)
+        mean, variance = mean_and_variance(channels_last_rows(output, axis))
         target = target_mean.to(output)
         gain = torch.ones_like(mean) if target_std is None else _gain(target_std.to(output), variance.sqrt())
         scale_outputs(module.stages[-1], gain)

@@ -32,9 +32,9 @@ from ..modules import hooked
 from .flow import Flow, running_norms
 from .geometry import TRANSPOSED
 from .layers import HTLayer
-from .moments import channels_last_rows, wide
+from .moments import wide
 from .ridge import correction, design_rows
-from .targets import NormInput, Sums, Targets, rows_at
+from .targets import NormInput, Sums, Targets, rows_at, statistics
 
 VARIANCE_EXPONENT = 0.5
 """How much of a change of a norm's input variance its running variance follows: 0 none, 1 all of it."""
@@ -117,7 +117,7 @@ class _Fits:
         """A hook that lets a batch norm's running statistics follow those of its input."""
 
         def follow(norm: _BatchNorm, features: Tensor) -> None:
-            variance, mean = torch.var_mean(channels_last_rows(wide(features)), dim=0, correction=0)
+            mean, variance = statistics(features)
             change = ((variance + norm.eps) / (dense.variance + norm.eps)).clamp(1 / LARGEST_CHANGE, LARGEST_CHANGE)
             norm.running_var.copy_(dense.running_variance * change**VARIANCE_EXPONENT)
             # The mean that it hands on stays what it was, in units of the new deviation.

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
@@ -24,6 +26,10 @@ from ..inputs import Inputs, channels_last
 from ..modules import copy_with, laid_out
 from ..ranks import MenuEntry, Menus
 from .divergence import Reference
+from .prefix import Prefix, Unrepeatable
+
+SAME = 1e-6
+"""Divergence from rounding alone."""
 
 Sensitivities = Mapping[str, tuple[float, ...]]
 """Layer name -> one number >= 0 per entry of its menu, falling with the error; 0 for dense."""
@@ -60,14 +66,12 @@ def measured_sensitivity(
     if cache is not None and (known := _read_cache(cache, fingerprint)) is not None:
         return known
     targets = Targets.of(factors, channels_last(images))
-    work = laid_out(copy_with(factors.model, {}), channels_last=True)
-    dense = Reference.of(reconstructed_outputs(work, targets), kind)
-    result = {}
-    for name, menu in tqdm(menus.items(), desc="sensitivity", unit="layer", disable=not progress):
-        compressed = [entry for entry in menu if entry.ranks is not None]
-        picked = sorted({round(i) for i in np.linspace(0, len(compressed) - 1, anchors)}) if compressed else []
-        known = {i: _divergence(factors, work, name, compressed[i], targets, dense) for i in picked}
-        result[name] = _interpolated(menu, known)
+    measured = _Measured(factors, menus, targets, kind, anchors, progress)
+    try:
+        found = measured.from_prefixes()
+    except Unrepeatable:
+        found = measured.from_whole_passes()
+    result = {name: _interpolated(menu, found[name]) for name, menu in menus.items()}
     if cache is not None:
         write_text(cache, json.dumps({"fingerprint": fingerprint, "sensitivity": result}, indent=1))
     return result
@@ -88,18 +92,66 @@ def blended_sensitivity(menus: Menus, measured: Sensitivities) -> dict[str, tupl
     }
 
 
-def _divergence(
-    factors: ModelFactors, work: nn.Module, name: str, entry: MenuEntry, targets: Targets, dense: Reference
-) -> float:
-    original = work.get_submodule(name)
-    layer = factors.layers[name].layer(entry.ranks)
-    work.set_submodule(name, laid_out(layer.to(tree_leaves(targets.images)[0].device), channels_last=True))
-    try:
-        logits = reconstructed_outputs(work, targets)
-    finally:
-        work.set_submodule(name, original)
-    found = dense.distance(logits)
-    return found if np.isfinite(found) else float(np.finfo(np.float32).max)
+class _Measured:
+    """The divergence at the anchors of each menu: layer -> {index into the menu: divergence}."""
+
+    def __init__(
+        self, factors: ModelFactors, menus: Menus, targets: Targets, kind: str, anchors: int, progress: bool
+    ) -> None:
+        self._factors, self._targets, self._progress = factors, targets, progress
+        self._work = laid_out(copy_with(factors.model, {}), channels_last=True)
+        self._dense = Reference.of(reconstructed_outputs(self._work, targets), kind)
+        self._anchors = {name: _anchors(menu, anchors) for name, menu in menus.items()}
+
+    def from_whole_passes(self) -> dict[str, dict[int, float]]:
+        return {name: self._layer(name, self._targets, nullcontext) for name in self._bar(self._anchors)}
+
+    def from_prefixes(self) -> dict[str, dict[int, float]]:
+        """Likewise, with what the network computes before the layer computed once.
+
+        Raises:
+            Unrepeatable: it cannot be known what that is.
+        """
+        prefix = Prefix.of(self._work, self._targets.images, [*self._anchors, *self._targets.norms])
+        found = {}
+        for name in self._bar(sorted(self._anchors, key=prefix.starts.__getitem__)):
+            prefix.advance(name)
+            # What the norms before the layer read has not changed.
+            behind = {n: norm for n, norm in self._targets.norms.items() if prefix.starts[n] >= prefix.starts[name]}
+            found[name] = self._layer(name, replace(self._targets, norms=behind), prefix.replayed)
+        with prefix.replayed():  # up to the last layer: all that is ever kept
+            again = self._dense.distance(reconstructed_outputs(self._work, replace(self._targets, norms={})))
+        if not abs(again) < SAME:
+            raise Unrepeatable(f"the outputs that came from kept results differ by a divergence of {again}")
+        return found
+
+    def _bar(self, names: Iterable[str]) -> Iterable[str]:
+        return tqdm(names, desc="sensitivity", unit="layer", disable=not self._progress)
+
+    def _layer(self, name: str, targets: Targets, around: Callable[[], AbstractContextManager]) -> dict[int, float]:
+        work, original = self._work, self._work.get_submodule(name)
+        device, found = tree_leaves(targets.images)[0].device, {}
+        for index, entry in self._anchors[name].items():
+            layer = self._factors.layers[name].layer(entry.ranks)
+            work.set_submodule(name, laid_out(layer.to(device), channels_last=True))
+            try:
+                with around():
+                    output = reconstructed_outputs(work, targets)
+            finally:
+                work.set_submodule(name, original)
+            divergence = self._dense.distance(output)
+            found[index] = divergence if np.isfinite(divergence) else float(np.finfo(np.float32).max)
+        for norm, dense in targets.norms.items():
+            work.get_submodule(norm).running_mean.copy_(dense.running_mean)
+            work.get_submodule(norm).running_var.copy_(dense.running_variance)
+        return found
+
+
+def _anchors(menu: tuple[MenuEntry, ...], number: int) -> dict[int, MenuEntry]:
+    """So many of the menu's compressed entries, evenly spread, the cheapest and the dearest among them."""
+    compressed = [entry for entry in menu if entry.ranks is not None]
+    picked = sorted({round(i) for i in np.linspace(0, len(compressed) - 1, number)}) if compressed else []
+    return {index: compressed[index] for index in picked}
 
 
 def _interpolated(menu: tuple[MenuEntry, ...], known: Mapping[int, float]) -> tuple[float, ...]:
