@@ -65,6 +65,7 @@ def _run(options: argparse.Namespace) -> int:
         runtime=options.runtime,
         learning_rate=options.learning_rate,
         tolerance=options.max_loss,
+        augment=options.augment,
         leave_dense=options.leave_dense,
         seed=options.seed,
         details={
@@ -146,6 +147,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-loss", type=float, default=0.01, help="accuracy that may be lost (default: 0.01)")
     parser.add_argument("--epochs", type=int, default=3, help="of fine-tuning, 0 for none (default: 3)")
     parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument(
+        "--no-augment",
+        dest="augment",
+        action="store_false",
+        help="fine-tune on the images as they are: no shift, no flip",
+    )
     parser.add_argument("--image-size", type=int, nargs="+", default=[224], metavar="PIXELS", help="S, or H W")
     parser.add_argument("--resize", type=int, metavar="PIXELS", help="of the shorter side, before the crop")
     parser.add_argument("--mean", type=float, nargs="+", help="of pixels in 0..1; default: the data set's")

@@ -62,6 +62,7 @@ class NetworkSettings(SearchKnobs):
     finetune_epochs: Annotated[int, Field(ge=0, le=10_000, description="a number of epochs, 0 or more")] = 3
     learning_rate: Annotated[float, Field(gt=0, description="a positive number")] = 0.01
     distill_weight: Annotated[float, Field(ge=0, le=1, description="a share in [0, 1]")] = 0.8
+    augment: bool = True
 
     def __post_init__(self) -> None:
         for name in ("budgets", "leave_dense"):
@@ -131,7 +132,8 @@ def compress_network(
         calibration_images, screen_images: how many of `train` and of `val` are looked at.
         details: kept in the files, such as {"classes": [...], "mean": [...], "std": [...]}.
         knobs: others of `NetworkSettings`: cost, candidates, sampler, sensitivity, promote, tolerance, learning_rate,
-            distill_weight, latency_batch, runtime, seed, layers.
+            distill_weight, augment (of our own splits; others are the loader's affair), latency_batch, runtime, seed,
+            layers.
 
     Returns:
         the finished run: its table, its best network, its log.
@@ -334,7 +336,7 @@ class NetworkRun(Run):
             weight_decay=1e-4,
             distill_weight=s.distill_weight,
             seed=s.seed,
-            augment=False,
+            augment=s.augment,
         )
         kind = BatchTrainer if self.task.finetune is None else CallbackTrainer
         trainer = kind(

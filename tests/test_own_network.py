@@ -1,5 +1,7 @@
 """One call on somebody's own network and data: it searches, keeps everything, resumes, and its files load again."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,10 +11,13 @@ from torch.utils.data import DataLoader
 import analyze_results
 import jsonify_logs
 from common import compress_network
+from common.data import load
 from common.deploy import onnx_session
+from common.finetune import TrainSettings
 from common.models import CheckpointError, load_compressed
 from common.ranks.timed_menus import MenuTimes
 from common.reports import read_log
+from common.search import BatchTrainer
 from tests.helpers import fitted, loaders_of
 
 QUICK = {
@@ -255,9 +260,10 @@ def test_a_speedup_is_a_target(trained, loaders, tmp_path, monkeypatch):
 
 def test_a_speedup_out_of_reach_is_refused_by_what_can_be_reached(trained, loaders, tmp_path, monkeypatch):
     def hardly_faster(factors, menus, *_, **__):
-        return MenuTimes(
-            1.0, {name: [0.45 + 0.01 * place for place in range(len(menu))] for name, menu in menus.items()}
-        )
+        entries = {
+            name: [0.9 + 0.1 * place / (len(menu) - 1) for place in range(len(menu))] for name, menu in menus.items()
+        }
+        return MenuTimes(float(len(menus)), entries)
 
     monkeypatch.setattr("common.run.time_menus", hardly_faster)
     with pytest.raises(ValueError, match=r"a speed-up of 3 cannot be reached: .* a speed-up of 1\.1"):
@@ -296,3 +302,23 @@ def test_a_shuffled_loader_gives_the_same_run_again(trained, loaders, tmp_path):
         run = compress_network(trained, shuffled, loaders[1], folder=tmp_path / name, budgets=(0.6,), epochs=1, **QUICK)
         found.append([(r["config"], r["divergence"]) for r in run.screen()] + [run.finetune()[0].record["accuracy"]])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_our_own_splits_are_shuffled_batched_and_augmented(trained, tmp_path, augment):
+    split, seen = load("digits", image_size=16, train_limit=100).train, []
+    model = copy.deepcopy(trained)
+    model.register_forward_pre_hook(lambda module, given: seen.append(given[0].clone()) if module.training else None)
+    settings = TrainSettings(epochs=1, batch_size=32, learning_rate=1e-4, distill_weight=0.5, augment=augment)
+    trainer = BatchTrainer(trained, split, settings, "kl", validate=lambda _: 0.0)
+    trainer.train(model, tmp_path / "unfinished.pt", lambda _: True)
+    assert [len(images) for images in seen] == [32, 32, 32]
+    known = torch.cat([batch.images for batch in split.batches(100)]).flatten(1)
+    distances = torch.cdist(torch.cat(seen).flatten(1), known)
+    nearest, places = distances.min(1)
+    if augment:
+        assert (nearest > 1e-2).float().mean() > 0.5
+    else:
+        assert nearest.max() < 1e-2
+        assert len(places.unique()) == 96
+        assert not torch.equal(places, torch.arange(96))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..data import Dataset
 from ..files import atomic_path
@@ -19,7 +19,7 @@ class StateMismatch(ValueError):
     """A checkpoint of another run, or a damaged one."""
 
 
-def fingerprint(settings: Any, dataset: Dataset, teacher_logits: Tensor | None) -> dict[str, Any]:
+def fingerprint(settings: Any, dataset: Dataset, taught: str) -> dict[str, Any]:
     """What must be equal for a run to be continued: settings, training images (by their labels) and teacher."""
     return {
         **asdict(settings),
@@ -27,7 +27,7 @@ def fingerprint(settings: Any, dataset: Dataset, teacher_logits: Tensor | None) 
         "image size": dataset.image_size,
         "training images": len(dataset.train),
         "training labels (CRC)": zlib.crc32(dataset.train.labels.cpu().numpy().tobytes()),
-        "teacher": teacher_logits is not None,
+        "teacher": taught,
     }
 
 

@@ -15,6 +15,7 @@ from torch.backends import cudnn
 from tqdm import tqdm
 
 from ..data import Batch, Dataset, Split
+from ..modules import evaluating
 from .evaluation import check_head, evaluate
 from .precision import autocast
 from .settings import TrainSettings
@@ -60,6 +61,7 @@ def train(
     settings: TrainSettings,
     *,
     teacher_logits: Tensor | None = None,
+    teacher: nn.Module | None = None,
     checkpoint: str | Path | None = None,
     progress: bool = True,
     on_epoch: Callable[[EpochRecord], bool | None] | None = None,
@@ -72,7 +74,9 @@ def train(
     torch's global generators are left as they were. The model comes back in evaluation mode, channels-last.
 
     Args:
-        teacher_logits: (N_train, classes), from `predict_logits` on the training split; used with distill_weight.
+        teacher_logits: (N_train, classes), from `predict_logits` on the training split; used with distill_weight. They
+            are of the images as they are, and say little of augmented ones.
+        teacher: in their place the dense network, which is run on every batch just as the model sees it.
         checkpoint: file written after each epoch; a run that finds it continues from it. Where writing it takes long
             beside the epochs, some are skipped.
         progress: show a bar.
@@ -84,11 +88,13 @@ def train(
         ValueError: teacher_logits that do not fit, or are missing; fewer than 2 training images; labels that do
             not fit the head.
     """
-    _check_teacher(teacher_logits, dataset, settings)
+    _check_teacher(teacher_logits, teacher, dataset, settings)
     steps = _steps_per_epoch(dataset.train, settings)
     model.to(dataset.device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, settings)
-    state = TrainState(model, optimizer, fingerprint(settings, dataset, teacher_logits))
+    taught = "no teacher" if teacher is teacher_logits is None else "on batches" if teacher is not None else "once"
+    state = TrainState(model, optimizer, fingerprint(settings, dataset, taught))
+    targets = _Teacher(teacher, teacher_logits, settings)
     records = [EpochRecord(**record) for record in state.load(checkpoint)] if checkpoint else []
     bar = tqdm(total=steps * settings.epochs, initial=steps * len(records), unit="batch", disable=not progress)
     stopped, next_save = False, 0.0
@@ -96,7 +102,7 @@ def train(
         for epoch in range(len(records), settings.epochs):
             bar.set_description(f"epoch {epoch + 1}/{settings.epochs}")
             started = time.perf_counter()
-            train_loss = _train_epoch(model, optimizer, dataset.train, settings, epoch, teacher_logits, bar)
+            train_loss = _train_epoch(model, optimizer, dataset.train, settings, epoch, targets, bar)
             found = evaluate(model, dataset.val, limit=settings.val_images, amp=settings.amp)
             seconds = time.perf_counter() - started
             records.append(EpochRecord(epoch + 1, train_loss, found.accuracy, found.loss, seconds))
@@ -119,7 +125,7 @@ def _train_epoch(
     split: Split,
     settings: TrainSettings,
     epoch: int,
-    teacher_logits: Tensor | None,
+    teacher: _Teacher,
     bar: tqdm,
 ) -> float:
     """One pass over the training images; returns the mean loss."""
@@ -142,7 +148,7 @@ def _train_epoch(
         logits = _forward(model, batch.images, settings)
         if step == 0:
             check_head(logits, split)
-        loss = _loss(logits, batch, settings, teacher_logits)
+        loss = _loss(logits, batch, settings, teacher.logits(batch))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if settings.clip_norm is not None:
@@ -162,13 +168,28 @@ def _forward(model: nn.Module, images: Tensor, settings: TrainSettings) -> Tenso
         return model(images.contiguous(memory_format=torch.channels_last)).float()
 
 
+@dataclass(frozen=True)
+class _Teacher:
+    """What the dense network says to a batch: run on it, or looked up, or nothing."""
+
+    model: nn.Module | None
+    known: Tensor | None
+    settings: TrainSettings
+
+    def logits(self, batch: Batch) -> Tensor | None:
+        if self.model is None:
+            return None if self.known is None else self.known[batch.indices].float()
+        with evaluating(self.model), torch.no_grad():
+            return _forward(self.model, batch.images, self.settings)
+
+
 def _loss(logits: Tensor, batch: Batch, settings: TrainSettings, teacher_logits: Tensor | None) -> Tensor:
     """(1 - w) * cross-entropy + w * T^2 * KL(teacher || model), Hinton et al. 2015 (arXiv:1503.02531)."""
     loss = F.cross_entropy(logits, batch.labels, label_smoothing=settings.label_smoothing)
     if teacher_logits is None:
         return loss
     weight = settings.distill_weight
-    distance = distillation(logits, teacher_logits[batch.indices].float(), settings.distill_temperature)
+    distance = distillation(logits, teacher_logits, settings.distill_temperature)
     return (1 - weight) * loss + weight * distance
 
 
@@ -193,11 +214,16 @@ def _check_losses(losses: list[Tensor], epoch: int) -> None:
         )
 
 
-def _check_teacher(teacher_logits: Tensor | None, dataset: Dataset, settings: TrainSettings) -> None:
-    if (teacher_logits is not None) != (settings.distill_weight > 0):
+def _check_teacher(
+    teacher_logits: Tensor | None, teacher: nn.Module | None, dataset: Dataset, settings: TrainSettings
+) -> None:
+    given = sum(one is not None for one in (teacher_logits, teacher))
+    if given > 1:
+        raise ValueError("teacher and teacher_logits are the same thing: give one of them")
+    if given != (settings.distill_weight > 0):
         raise ValueError(
-            f"distill_weight > 0 and teacher_logits go together, got distill_weight={settings.distill_weight} "
-            f"and {'no ' if teacher_logits is None else ''}teacher_logits"
+            f"distill_weight > 0 and a teacher (teacher_logits, or the network) go together, got "
+            f"distill_weight={settings.distill_weight} and {'a' if given else 'no'} teacher"
         )
     expected = (len(dataset.train), dataset.num_classes)
     if teacher_logits is not None and tuple(teacher_logits.shape) != expected:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..compress import HTLayer
 from ..compress.proof import output_tensors
 from ..configuration import Configuration
+from ..data import Split
 from ..finetune import EpochRecord, TrainingDiverged, TrainSettings, TrainState, autocast, distillation, make_optimizer
 from ..inputs import channels_last, like_model, pairs_of, run
 from ..models import load_compressed, save_compressed
@@ -49,7 +50,8 @@ class BatchTrainer:
     Attributes:
         teacher: the dense network; it stays as it is.
         data: a DataLoader, a list of batches or a split, walked through once an epoch.
-        settings: of the training; `batch_size` and `augment` are the data's own affair.
+        settings: of the training; `batch_size` and `augment` are for our own splits, which are shuffled as well: of
+            anything else they are the data's own affair.
         kind: of the outputs, see `common.search.divergence`: logits are distilled by KL, others by squared error.
         loss: (output, targets) -> scalar, in place of cross-entropy; without it, outputs that are no logits are
             trained on the teacher's alone.
@@ -106,10 +108,10 @@ class BatchTrainer:
         return records
 
     def _epoch(self, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> float:
-        steps = len(self.data) if hasattr(self.data, "__len__") and not hasattr(self.data, "batches") else None
+        batches, steps = self._batches(epoch)
         losses: list[float] = []
         model.train()
-        for step, (inputs, targets) in enumerate(pairs_of(self.data, "train")):
+        for step, (inputs, targets) in enumerate(pairs_of(batches, "train")):
             done = epoch * steps + step if steps else epoch
             for group in optimizer.param_groups:
                 group["lr"] = self.settings.learning_rate_at(done, self.epochs * (steps or 1))
@@ -130,6 +132,15 @@ class BatchTrainer:
                 "train: the data yielded no batch in this epoch: give a DataLoader or a list, not a generator"
             )
         return sum(losses) / len(losses)
+
+    def _batches(self, epoch: int) -> tuple[Iterable[Any], int | None]:
+        """The batches of an epoch, and how many there are, if that is known."""
+        if not isinstance(self.data, Split):
+            return self.data, len(self.data) if hasattr(self.data, "__len__") else None
+        settings, size = self.settings, min(self.settings.batch_size, len(self.data))
+        generator = torch.Generator().manual_seed(settings.seed * 10_007 + epoch)
+        batches = self.data.batches(size, generator=generator, augment=settings.augment, drop_last=True)
+        return batches, self.data.num_batches(size, drop_last=True)
 
     def _loss(self, model: nn.Module, inputs: Any, targets: Any) -> Tensor:
         inputs = channels_last(like_model(inputs, self.teacher))

@@ -246,12 +246,41 @@ def test_distillation_loss_vanishes_at_the_teacher(digits):
 
 def test_distillation_arguments_must_fit(digits):
     logits = torch.zeros(len(digits.train), 10)
-    with pytest.raises(ValueError, match=r"go together, got distill_weight=0.5 and no teacher_logits"):
+    with pytest.raises(ValueError, match=r"go together, got distill_weight=0.5 and no teacher"):
         trained(digits, replace(SETTINGS, distill_weight=0.5))
     with pytest.raises(ValueError, match=r"go together, got distill_weight=0.0"):
         trained(digits, teacher_logits=logits)
     with pytest.raises(ValueError, match=r"must be \(400, 10\).*got \(399, 10\)"):
         trained(digits, replace(SETTINGS, distill_weight=0.5), teacher_logits=logits[1:])
+    with pytest.raises(ValueError, match="give one of them"):
+        trained(digits, replace(SETTINGS, distill_weight=0.5), teacher_logits=logits, teacher=small_network())
+
+
+class Marked(nn.Module):
+    """A teacher that says how dark each image is: of an image as it is or as it was changed, which it keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, images):
+        assert not self.training
+        self.seen.append(images.clone())
+        return images.flatten(1).mean(1, keepdim=True) * torch.arange(10.0)
+
+
+def test_a_teacher_is_run_on_the_images_that_the_student_sees(digits):
+    teacher, seen = Marked(), []
+    model = small_network()
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()) if module.training else None)
+    settings = replace(SETTINGS, epochs=1, distill_weight=1.0, augment=True)
+    train(model, digits, settings, teacher=teacher.train(), progress=False)
+    assert len(seen) == len(teacher.seen) > 1
+    assert all(torch.equal(a, b) for a, b in zip(seen, teacher.seen, strict=True))
+    assert teacher.training
+    as_they_are = torch.cat([batch.images for batch in digits.train.batches(64)]).flatten(1)
+    first = seen[0].flatten(1)
+    assert (torch.cdist(first, as_they_are).min(1).values > 1e-3).float().mean() > 0.5
 
 
 def test_evaluation_batches_are_smaller_where_images_are_large():

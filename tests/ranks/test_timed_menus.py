@@ -61,3 +61,12 @@ def test_latency_as_the_cost_needs_times(factors, menus):
     _, cost = latency_menus.MenuTimes(1.0, {n: [1.0] * len(m) for n, m in menus.items()}).priced(factors, menus)
     with pytest.raises(ValueError, match="not measured"):
         MenuCosts.of(factors, menus, cost)
+
+
+def test_layers_timed_beside_other_programs_count_by_their_ratios(factors, menus):
+    """Their sum is then more than the whole network's time: a budget that ratios allow must stay within reach."""
+    seconds = {n: [0.1 * (i + 1) for i in range(len(m))] for n, m in menus.items()}
+    total = sum(values[-1] for values in seconds.values())
+    priced, cost = latency_menus.MenuTimes(total / 3, seconds).priced(factors, menus)
+    alone, cost_alone = latency_menus.MenuTimes(total, seconds).priced(factors, menus)
+    assert MenuCosts.of(factors, priced, cost).least == pytest.approx(MenuCosts.of(factors, alone, cost_alone).least)
