@@ -63,6 +63,7 @@ def _run(options: argparse.Namespace) -> int:
         screen_images=options.screen_images,
         latency_batch=options.latency_batch,
         runtime=options.runtime,
+        int8=options.int8,
         learning_rate=options.learning_rate,
         tolerance=options.max_loss,
         augment=options.augment,
@@ -88,6 +89,8 @@ def _run(options: argparse.Namespace) -> int:
     written = [small.save(options.out)]
     if options.onnx:
         written.append(small.export_onnx(options.out.with_suffix(".onnx")))
+        if options.int8:
+            written.append(small.export_onnx(options.out.with_suffix(".int8.onnx"), int8=True))
     for path in written:
         print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
     return 0
@@ -164,7 +167,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--calibration-images", type=int, default=512)
     parser.add_argument("--screen-images", type=int, default=1000)
     parser.add_argument("--latency-batch", type=int, default=16)
-    parser.add_argument("--runtime", default="onnxruntime", help="onnxruntime or torch")
+    parser.add_argument("--runtime", default="onnxruntime", help="onnxruntime, openvino or torch")
+    parser.add_argument("--int8", action="store_true", help="measure in int8 as well; with --onnx, write it")
     parser.add_argument("--leave-dense", nargs="*", default=[], metavar="LAYER", help="layers that are not touched")
     parser.add_argument("--onnx", action="store_true", help="write an ONNX file beside --out")
     parser.add_argument("--device", default="cpu")

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from .data import Dataset, load
-from .finetune import Baseline, baseline, recipe
+from .deployed_set import DeployedSet
+from .finetune import Baseline, baseline, evaluate, recipe
 from .presets import RunSettings
-from .run import DeployedSet, Run, step
+from .run import Run, step
 from .search import Finalist, FinetuneSettings, Screener, finetune_promoted
 
 __all__ = ["DeployedSet", "Experiment"]
@@ -67,6 +68,9 @@ class Experiment(Run):
 
     def dense_score(self) -> float:
         return self.prepare_baseline().test_accuracy
+
+    def final_score(self, model: nn.Module) -> float:
+        return evaluate(model, self.load_data().test).accuracy
 
     def dense_validation(self) -> float:
         return self.prepare_baseline().val_accuracy

@@ -40,7 +40,8 @@ class SearchKnobs:
         promote: candidates fine-tuned per budget, before halving.
         tolerance: accuracy that an accepted candidate may lose.
         latency_batch: images per batch when speed is measured.
-        runtime: torch or onnxruntime; what both sides are deployed to.
+        runtime: torch, onnxruntime or openvino; what both sides are deployed to.
+        int8: measure both sides quantised to int8 as well, in a runtime that has it.
         device: auto, cpu, cuda.
         seed: of everything random in the search and the fine-tuning.
         folder: where the log and the state of the run go.
@@ -62,9 +63,15 @@ class SearchKnobs:
     tolerance: Annotated[float, Field(ge=0, lt=1, description="a share of accuracy in [0, 1)")] = 0.02
     latency_batch: Annotated[int, Field(ge=1, le=65_536, description="a number of images, at least 1")] = 16
     runtime: Annotated[Literal[RUNTIMES], Field(description=one_of(RUNTIMES))] = "onnxruntime"
+    int8: bool = False
     device: Annotated[str, Field(pattern=DEVICES, description="auto, cpu, mps, cuda or cuda:N")] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")] = 0
     folder: str = "logs"
+
+    def check_int8(self) -> None:
+        """Raise ValueError where int8 is asked of a runtime that has none."""
+        if self.int8 and self.runtime == "torch":
+            raise ValueError("int8 is for the runtimes onnxruntime and openvino; got runtime='torch'")
 
     @property
     def log_path(self) -> Path:

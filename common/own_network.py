@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from .checked import check_fields, from_text
 from .compress import choose_layers, trace_layers
+from .deployed_set import INT8_IMAGES
 from .finetune import TrainSettings
 from .inputs import Inputs, first, length, like_model, pairs_of, run, sample
 from .knee import seek
@@ -69,6 +70,7 @@ class NetworkSettings(SearchKnobs):
             value = from_text(getattr(self, name))
             object.__setattr__(self, name, tuple(value) if isinstance(value, list | tuple) else value)
         check_fields(self)
+        self.check_int8()
 
     @property
     def name(self) -> str:
@@ -132,8 +134,8 @@ def compress_network(
         calibration_images, screen_images: how many of `train` and of `val` are looked at.
         details: kept in the files, such as {"classes": [...], "mean": [...], "std": [...]}.
         knobs: others of `NetworkSettings`: cost, candidates, sampler, sensitivity, promote, tolerance, learning_rate,
-            distill_weight, augment (of our own splits; others are the loader's affair), latency_batch, runtime, seed,
-            layers.
+            distill_weight, augment (of our own splits; others are the loader's affair), latency_batch, runtime, int8,
+            seed, layers.
 
     Returns:
         the finished run: its table, its best network, its log.
@@ -241,9 +243,8 @@ class NetworkRun(Run):
         device = str(tree_leaves(self._example)[0].device)
         model = finalist.load(device)
         deployed = self.deploy().models[finalist.record["trial"]]
-        return Small(
-            model, deployed, finalist.record, self.task.model, first(self._example, 2), dict(self.task.details)
-        )
+        images = first(self.draw_calibration(), INT8_IMAGES)
+        return Small(model, deployed, finalist.record, self.task.model, images, dict(self.task.details))
 
     # --- what the engine asks ------------------------------------------------------------------------------------
 
@@ -297,7 +298,7 @@ class NetworkRun(Run):
     @step
     def dense_score(self) -> float | None:
         """The dense network's score by the user's measure, or its accuracy; None where there is neither."""
-        return self._score(self.task.model)
+        return self.final_score(self.task.model)
 
     @step
     def dense_validation(self) -> float | None:
@@ -308,9 +309,9 @@ class NetworkRun(Run):
 
     def _validated(self, model: nn.Module) -> float | None:
         """The task's own score, or accuracy on all of validation; None where there is neither."""
-        return self._score(model) if self.task.evaluate is not None else top1(model, self.task.val)
+        return self.final_score(model) if self.task.evaluate is not None else top1(model, self.task.val)
 
-    def _score(self, model: nn.Module) -> float | None:
+    def final_score(self, model: nn.Module) -> float | None:
         if self.task.evaluate is not None:
             with evaluating(model):
                 found = self.task.evaluate(model)
@@ -345,7 +346,7 @@ class NetworkRun(Run):
             settings,
             screener.kind,
             validate,
-            score=self._score if has_score else None,
+            score=self.final_score if has_score else None,
             loss=self.task.loss,
             details=self.task.details,
             **({} if self.task.finetune is None else {"finetune": self.task.finetune}),

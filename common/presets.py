@@ -56,6 +56,7 @@ class RunSettings(SearchKnobs):
         budgets = from_text(self.budgets)
         object.__setattr__(self, "budgets", tuple(budgets) if isinstance(budgets, list | tuple) else budgets)
         check_fields(self)
+        self.check_int8()
         check_image_size(self.model, self.image_size)
 
     @property

@@ -12,7 +12,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from .compress import ModelFactors, factorize
 from .cost import count_flops, count_params, measure_latency
 from .deploy import Deployed, deploy
+from .deployed_set import IN_INT8, DeployedSet, deploy_all
 from .files import exclusive, write_text
 from .inputs import Inputs, first, length
 from .provenance import provenance
@@ -58,31 +59,13 @@ MAY_CHANGE = (
     "tolerance",
     "latency_batch",
     "runtime",
+    "int8",
     "folder",
     "baselines",
     "data_root",
     "device",
 )
 """Knobs that a run may be continued with another value of: the candidates that it has stay what they are."""
-
-
-@dataclass(frozen=True)
-class DeployedSet:
-    """The dense network and the finalists, deployed alike and timed interleaved in one run.
-
-    Attributes:
-        models: name -> deployed network; "dense" is the baseline, the others are named by their trial.
-        seconds: name -> median seconds per batch.
-        batch_size: images per batch.
-    """
-
-    models: dict[str, Deployed]
-    seconds: dict[str, float]
-    batch_size: int
-
-    def speedup(self, name: str) -> float:
-        """Dense time / this network's time."""
-        return self.seconds["dense"] / self.seconds[name]
 
 
 def step(verb: Callable[[Any], Result]) -> Callable[[Any], Result]:
@@ -140,6 +123,10 @@ class Run(ABC):
     def header(self) -> dict[str, Any]:
         """What the log's first lines say beside the knobs and the provenance."""
 
+    @abstractmethod
+    def final_score(self, model: nn.Module) -> float | None:
+        """A network's final score, as the finalists have theirs; None where there is no metric."""
+
     def chosen_layers(self) -> str | Iterable[str]:
         """Which layers are factorised; see `factorize`."""
         return self.settings.layers
@@ -162,6 +149,8 @@ class Run(ABC):
         """
         self._held.enter_context(exclusive(self.settings.state_folder))
         dense, images = self.dense_model(), self.draw_calibration()
+        if self.settings.int8 and self._runtime == "torch":
+            raise ValueError("int8 is for runtimes of the CPU: take device='cpu', or int8=False")
         with self._clock.step("factorize"):
             given = images if isinstance(images, Tensor) else [(images, None)]
             return factorize(dense, given, layers=self.chosen_layers())
@@ -246,15 +235,17 @@ class Run(ABC):
     def deploy(self) -> DeployedSet:
         """Dense and finalists deployed alike, timed interleaved; each finalist is logged with its time."""
         finalists = self.finetune()
-        models = {"dense": self._deploy_dense()}
         device = str(tree_leaves(self._example)[0].device)
+        trained = {one.record["trial"]: one.load(device) for one in finalists if one.path is not None}
+        int8 = self.draw_calibration() if self.settings.int8 else None
+        networks = {"dense": self.dense_model(), **trained}
+        found = deploy_all(networks, self._example, self._runtime, int8=int8, score=self.final_score)
         for finalist in finalists:
-            if finalist.path is not None:
-                models[finalist.record["trial"]] = self._deploy(finalist.load(device))
-        seconds = measure_latency({name: model.run for name, model in models.items()}, self._example)
-        for finalist in finalists:
-            self.solve_policies().log_once(self._timed(finalist, seconds))
-        return DeployedSet(models, seconds, length(self._example))
+            self.solve_policies().log_once(self._timed(finalist, found.seconds))
+        for name, score in found.scores.items():
+            said = "" if score is None else f"{self.score_name} {score:.4f}, "
+            self.open_log().info(f"{name}: {said}{1e3 * found.seconds[name]:.3g} ms per batch")
+        return found
 
     @step
     def screen_uniform(self) -> dict[float, Screening | str]:
@@ -297,6 +288,10 @@ class Run(ABC):
         """One row per finalist, the dense network first: what it costs, what it is worth, how fast it runs."""
         factors, deployed = self.factorize(), self.deploy()
 
+        def rows_of(name: str, params: int, flops: int, score: float | None) -> list[dict[str, Any]]:
+            scores = {name: score, name + IN_INT8: deployed.scores.get(name + IN_INT8)}
+            return [row(one, params, flops, scores[one]) for one in scores if one in deployed.models]
+
         def row(name: str, params: int, flops: int, score: float | None) -> dict[str, Any]:
             return {
                 "network": name,
@@ -309,13 +304,13 @@ class Run(ABC):
                 "speed-up": deployed.speedup(name),
             }
 
-        rows = [row("dense", factors.dense_params, factors.dense_flops, self.dense_score())]
+        rows = [*rows_of("dense", factors.dense_params, factors.dense_flops, self.dense_score())]
         for finalist in self.finetune():
             record = finalist.record
             if finalist.path is None:
                 rows.append({"network": record["trial"], "failed": record["reason"]})
             else:
-                rows.append(row(record["trial"], record["params"], record["flops"], record["accuracy"]))
+                rows += rows_of(record["trial"], record["params"], record["flops"], record["accuracy"])
         return rows
 
     def _timed(self, finalist: Finalist, seconds: dict[str, float]) -> Record:

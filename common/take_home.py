@@ -23,13 +23,14 @@ class Small:
         model: in eval mode, trainable further, saved and loaded as it is.
         deployed: the same folded and in its fastest execution plans; what the run's speed was measured on.
         record: its ranks, costs and scores.
+        images: calibration images, for exports and for the ranges of int8.
     """
 
     model: nn.Module
     deployed: Deployed
     record: Record
     dense: nn.Module = field(repr=False)
-    example: Inputs = field(repr=False)
+    images: Inputs = field(repr=False)
     details: dict[str, Any] = field(repr=False)
 
     def save(self, path: str | Path) -> Path:
@@ -38,14 +39,15 @@ class Small:
         save_compressed(self.model, path, dense=self.dense, config=self.record["config"], metadata=metadata)
         return Path(path)
 
-    def export_onnx(self, path: str | Path) -> Path:
-        """The deployed network as ONNX, with a dynamic batch axis, checked against torch."""
-        export_onnx(self.deployed, self.example, path, metadata=self.details)
+    def export_onnx(self, path: str | Path, *, int8: bool = False) -> Path:
+        """The deployed network as ONNX, with a dynamic batch axis, checked against torch; quantised if asked for."""
+        ranges = self.images if int8 else None
+        export_onnx(self.deployed, first(self.images, 2), path, metadata=self.details, int8=ranges)
         return Path(path)
 
     def export_program(self, path: str | Path) -> Path:
         """The deployed network as a `torch.export` program (.pt2), which torch alone loads."""
-        export_program(self.deployed, self.example, path)
+        export_program(self.deployed, first(self.images, 2), path)
         return Path(path)
 
     def deploy(self, batch: Inputs, **options: Any) -> Deployed:
@@ -59,4 +61,4 @@ class Small:
     @property
     def flops(self) -> int:
         """Multiply-accumulates of convolutions and linear layers for one sample."""
-        return count_flops(self.model, first(like_model(self.example, self.model), 1))
+        return count_flops(self.model, first(like_model(first(self.images, 2), self.model), 1))

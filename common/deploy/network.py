@@ -30,7 +30,7 @@ __all__ = ["Deployed", "deploy", "export_onnx", "onnx_session"]
 
 MEMORY_FORMATS = ("channels_last", "contiguous")
 
-WRONG_FROM = 1e-2
+WRONG_FROM, WRONG_IN_BFLOAT16, WRONG_IN_INT8 = 1e-2, 0.1, 1.0
 """Outputs that differ by more than this, relative to the largest, are not rounding (TF32 included) but a mistake."""
 
 
@@ -91,14 +91,14 @@ class Deployed:
             f"batch norms folded: {len(self.folded)}"
         ]
         if self.layers:
-            measured = self.reference_seconds is not None
+            measured = all(choice.seconds is not None for choice in self.layers.values())
             lines.append(_layer_table(self.layers))
             lines.append(
                 "Each layer alone, milliseconds per batch; * is the plan chosen"
                 if measured
                 else "MFLOPs (multiply-accumulates) of one image; * is the plan chosen"
             )
-            if measured:
+            if self.reference_seconds is not None:
                 lines.append(
                     f"predicted: {_ms(self.predicted_seconds)} per batch, of which the factorised layers take "
                     f"{_ms(self.predicted_seconds - self.rest_seconds)}; "
@@ -118,6 +118,7 @@ def deploy(
     cuda_graph: bool = False,
     memory_format: str | None = None,
     dtype: torch.dtype | None = None,
+    int8: Inputs | None = None,
     threads: int | None = None,
     rounds: int = 10,
     measure: Measure | None = None,
@@ -128,14 +129,17 @@ def deploy(
         model: dense or compressed; it and its training flags stay as they are.
         example: ``(N, C, H, W)`` images, or several inputs (see `common.inputs`), of the batch size to deploy for, on
             the device to deploy to.
-        runtime: "torch", or "onnxruntime" (CPU).
+        runtime: "torch", or "onnxruntime" or "openvino" (CPU).
         plans: how each factorised layer's execution plan is chosen: "measure" takes the fastest in the runtime, "flops"
             the one of fewest FLOPs, "keep" the one that it is in.
         compile: torch.compile the result. Plans are measured without, compiling each would take minutes.
         cuda_graph: record the result as a CUDA graph, which takes this batch size alone; plans are measured so too.
         memory_format: of torch's feature maps: "channels_last" (the default), "contiguous", or "measure": the faster.
-        dtype: floating type to run in, such as torch.bfloat16, and of the images then; None keeps the model's.
-        threads: CPU threads while measuring, and of onnxruntime; None: as many as torch uses in this process.
+        dtype: floating type to run in, such as torch.bfloat16, and of the images then; None keeps the model's. OpenVINO
+            computes in bfloat16 and takes float32 images all the same.
+        int8: calibration images: the result runs in int8, quantised after training with the ranges that they show (see
+            `quantise`). For onnxruntime and OpenVINO. Plans are chosen by their times in float32.
+        threads: CPU threads while measuring, and of the other runtimes; None: as many as torch uses in this process.
         rounds: timed rounds of each plan, and of the whole.
         measure: takes the place of the timing of a layer's plans.
 
@@ -144,7 +148,11 @@ def deploy(
             network that torch.compile or the ONNX export cannot take.
     """
     model = unwrapped(model)
-    target = Target(runtime, compile, cuda_graph, threads or torch.get_num_threads())
+    bfloat16 = runtime == "openvino" and dtype == torch.bfloat16
+    dtype = torch.float32 if bfloat16 else dtype
+    if int8 is not None:
+        int8 = tree_map(lambda t: t.float().cpu() if t.is_floating_point() else t.cpu(), int8)
+    target = Target(runtime, compile, cuda_graph, threads or torch.get_num_threads(), bfloat16, int8)
     leaves = tree_leaves(example)
     example = like_model(example, model)
     folded, pairs = fold_batch_norm(model, example)
@@ -169,8 +177,10 @@ def deploy(
     final = laid_out(copy_with(folded, plain), channels_last).requires_grad_(False)
 
     runs = {"deployed": target.run(final, example)}
-    _check_outputs(expected, runs["deployed"](example))
-    if plans == "measure" and choices:
+    lowered = bfloat16 or floating == torch.bfloat16
+    most = WRONG_IN_INT8 if int8 is not None else WRONG_IN_BFLOAT16 if lowered else WRONG_FROM
+    _check_outputs(expected, runs["deployed"](example), most)
+    if plans == "measure" and choices and int8 is None:
         runs["reference"] = target.uncompiled_run(folded, example)
     samples = latency_samples(runs, example, rounds=rounds, threads=threads)
     seconds = {name: statistics.median(values) for name, values in samples.items()}
@@ -193,9 +203,11 @@ def _memory_format(asked: str | None, target: Target, model: nn.Module, example:
     """The name in MEMORY_FORMATS of what was asked for, measured on the whole network where that was asked for."""
     if asked not in (None, "measure", *MEMORY_FORMATS):
         raise ValueError(f"memory_format must be one of {', '.join(MEMORY_FORMATS)}, measure; got {asked!r}")
-    if target.runtime == "onnxruntime":
+    if target.runtime != "torch":
         if asked not in (None, "contiguous"):
-            raise ValueError(f"onnxruntime lays out feature maps by itself: leave memory_format out; got {asked!r}")
+            raise ValueError(
+                f"{target.runtime} lays out feature maps by itself: leave memory_format out; got {asked!r}"
+            )
         return "contiguous"
     if asked != "measure":
         return asked or "channels_last"
@@ -205,12 +217,12 @@ def _memory_format(asked: str | None, target: Target, model: nn.Module, example:
     return min(seconds, key=seconds.__getitem__)
 
 
-def _check_outputs(expected: Any, found: Any) -> None:
+def _check_outputs(expected: Any, found: Any, most: float) -> None:
     same_kind = type(expected) is type(found)
     outputs = output_tensors(expected), [one for one in tree_leaves(found) if isinstance(one, Tensor)]
     outputs = outputs[0], [one for one in outputs[1] if one.is_floating_point()]
     if same_kind and len(outputs[0]) == len(outputs[1]):
-        problem = outputs_differ(*outputs, most=WRONG_FROM)
+        problem = outputs_differ(*outputs, most=most)
     else:
         problem = f"in kind, a {type(found).__name__} for a {type(expected).__name__}"
     if problem is not None:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import json
 import logging
@@ -14,7 +13,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,12 +24,17 @@ from ..compress import CONVOLUTIONS, TRANSPOSED, paddings
 from ..files import atomic_path
 from ..inputs import Inputs, first, length, run
 from ..modules import copy_with, evaluating, first_line, unwrapped
+from .packages import package
+from .quantise import quantised_onnx
 
 if TYPE_CHECKING:
     import onnx
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference between torch's outputs and onnxruntime's that an export may have, relative to the largest."""
+
+ROUGHLY = 1.0
+"""The same of a file in int8: what is above it is no rounding. What it does to accuracy is for the user to measure."""
 
 OPSET = 20
 """Operator set of hand-written graphs; the exporter takes the newest one that it knows."""
@@ -40,7 +43,12 @@ _PAD_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 
 def export_onnx(
-    model: nn.Module | Any, example: Inputs, path: str | Path, *, metadata: Mapping[str, Any] | None = None
+    model: nn.Module | Any,
+    example: Inputs,
+    path: str | Path,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    int8: Inputs | None = None,
 ) -> None:
     """Write the model as one ONNX file with a dynamic batch axis, checked against torch before the file exists.
 
@@ -52,6 +60,7 @@ def export_onnx(
         example: ``(N, C, H, W)`` images, or several inputs, see `common.inputs`. The file takes any N.
         path: written in one step, after onnxruntime gave torch's outputs, within TOLERANCE, at two batch sizes.
         metadata: kept in the file's own metadata as JSON, such as class names and the normalisation of images.
+        int8: calibration images: the file is quantised to int8 with their ranges, and may then differ by ROUGHLY.
 
     Raises:
         ValueError: the model cannot be exported, or does not give the same outputs there.
@@ -59,6 +68,9 @@ def export_onnx(
     with _export_of(model, example, path) as (on_cpu, inputs, temporary):
         # A batch of 1 would be taken for a constant.
         _export(on_cpu, resized(inputs, 2), temporary, metadata)
+        if int8 is not None:
+            images = tree_map(lambda t: t.detach().cpu(), inputs_of_one(int8))
+            temporary.write_bytes(quantised_onnx(temporary.read_bytes(), images))
         session = onnx_session(temporary, structure=output_structure(on_cpu, inputs))
         for batch, given in _two_batches(inputs):
             try:
@@ -68,7 +80,7 @@ def export_onnx(
                     f"{type(on_cpu).__name__} cannot be exported for any batch size, at batch {batch} the file fails: "
                     f"{error}"
                 ) from error
-            _check_outputs(run(on_cpu, given), found, batch)
+            _check_outputs(run(on_cpu, given), found, batch, None if int8 is None else ROUGHLY)
 
 
 def export_program(model: nn.Module | Any, example: Inputs, path: str | Path) -> None:
@@ -153,7 +165,7 @@ def onnx_session(
     """
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1; got {threads}")
-    onnxruntime = _package("onnxruntime")
+    onnxruntime = package("onnxruntime", "onnx")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.inter_op_num_threads = 1
@@ -200,7 +212,7 @@ def onnx_layer(module: nn.Module, input_shape: Sequence[int]) -> bytes:
     Raises:
         ValueError: another module.
     """
-    helper = _package("onnx.helper")
+    helper = package("onnx.helper", "onnx")
     graph = _GraphWriter()
     for layer in module if isinstance(module, nn.Sequential) else [module]:
         graph.add(layer)
@@ -212,20 +224,6 @@ def onnx_layer(module: nn.Module, input_shape: Sequence[int]) -> bytes:
     made = helper.make_graph(graph.nodes, "layer", ends[:1], ends[1:], graph.tensors)
     opset = [helper.make_opsetid("", OPSET)]
     return helper.make_model(made, opset_imports=opset, ir_version=9).SerializeToString()
-
-
-def _package(name: str) -> ModuleType:
-    """A package of the extra "onnx", loaded when it is needed.
-
-    Raises:
-        ValueError: it is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{name} is not installed: pip install 'htd-cnn-compression[onnx]', or use runtime='torch'"
-        ) from error
 
 
 class _GraphWriter:
@@ -276,12 +274,16 @@ class _GraphWriter:
 
     def _node(self, operator: str, inputs: list[str], **attributes: object) -> None:
         output = f"value{len(self.nodes)}"
-        self.nodes.append(_package("onnx.helper").make_node(operator, [self.last, *inputs], [output], **attributes))
+        self.nodes.append(
+            package("onnx.helper", "onnx").make_node(operator, [self.last, *inputs], [output], **attributes)
+        )
         self.last = output
 
     def _tensor(self, tensor: Tensor) -> str:
         name = f"tensor{len(self.tensors)}"
-        self.tensors.append(_package("onnx.numpy_helper").from_array(tensor.detach().cpu().contiguous().numpy(), name))
+        self.tensors.append(
+            package("onnx.numpy_helper", "onnx").from_array(tensor.detach().cpu().contiguous().numpy(), name)
+        )
         return name
 
     def _bias(self, layer: nn.Module) -> list[str]:
@@ -291,7 +293,7 @@ class _GraphWriter:
 def _export(
     model: nn.Module, inputs: Inputs, target: Path | io.BytesIO, metadata: Mapping[str, Any] | None = None
 ) -> None:
-    _package("onnxscript")
+    package("onnxscript", "onnx")
     arguments, names = _arguments(inputs)
     try:
         outputs = _output_names(run(model, inputs))
@@ -343,13 +345,13 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _check_outputs(expected: Any, found: Any, batch: int) -> None:
+def _check_outputs(expected: Any, found: Any, batch: int, allowed: float | None = None) -> None:
     for one, other in zip(tree_leaves(expected), tree_leaves(found), strict=True):
         if one.shape != other.shape:
             raise ValueError(
                 f"the exported network gives {tuple(other.shape)} at batch {batch}, torch {tuple(one.shape)}"
             )
-        most = TOLERANCE.get(one.dtype, TOLERANCE[torch.float32])
+        most = allowed or TOLERANCE.get(one.dtype, TOLERANCE[torch.float32])
         one, other = one.double(), other.double()
         error = float((one - other).abs().max() / one.abs().max().clamp_min(1e-30)) if one.numel() else 0.0
         if not error <= most:

@@ -1,9 +1,9 @@
-"""Ways to run a torch module on a given input: as it is, compiled, as a CUDA graph, or in onnxruntime."""
+"""Ways to run a torch module on a given input: as it is, compiled, as a CUDA graph, in onnxruntime or in OpenVINO."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 from ..inputs import Inputs, run
 from .onnx_export import onnx_bytes, onnx_layer, onnx_session, output_structure
+from .openvino_run import openvino_model, openvino_session
+from .quantise import quantised_onnx, quantised_openvino
 
-RUNTIMES = ("torch", "onnxruntime")
+RUNTIMES = ("torch", "onnxruntime", "openvino")
 
 Run = Callable[[Inputs], Any]
 
@@ -26,7 +28,9 @@ class Target:
         runtime: one of RUNTIMES.
         compile: compile the whole network with torch.compile.
         cuda_graph: record it as a CUDA graph.
-        threads: CPU threads of onnxruntime; torch's are the process's.
+        threads: CPU threads of onnxruntime and OpenVINO; torch's are the process's.
+        bfloat16: of OpenVINO: compute in it.
+        int8: quantise whole networks to int8, with ranges from these float32 images on the CPU; None: do not.
 
     Raises:
         ValueError: an unknown runtime, or options that exclude one another.
@@ -36,14 +40,20 @@ class Target:
     compile: bool
     cuda_graph: bool
     threads: int
+    bfloat16: bool = False
+    int8: Inputs | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.runtime not in RUNTIMES:
             raise ValueError(f"runtime must be one of {', '.join(RUNTIMES)}; got {self.runtime!r}")
         if self.threads < 1:
             raise ValueError(f"threads must be at least 1; got {self.threads}")
-        if self.runtime == "onnxruntime" and (self.compile or self.cuda_graph):
-            raise ValueError("compile and cuda_graph are for the runtime 'torch'; got runtime='onnxruntime'")
+        if self.runtime != "torch" and (self.compile or self.cuda_graph):
+            raise ValueError(f"compile and cuda_graph are for the runtime 'torch'; got runtime={self.runtime!r}")
+        if self.runtime == "torch" and self.int8 is not None:
+            raise ValueError("int8 is for the runtimes onnxruntime and openvino; got runtime='torch'")
+        if self.int8 is not None and self.bfloat16:
+            raise ValueError("int8 and bfloat16 exclude one another")
 
     def check(self, example: Inputs) -> None:
         """Raise ValueError unless inputs like this one, on its device and of its type, can be run."""
@@ -53,24 +63,32 @@ class Target:
             if self.cuda_graph:
                 check_cuda(tensor.device)
             wrong_type = tensor.is_floating_point() and tensor.dtype != torch.float32
-            if self.runtime == "onnxruntime" and (tensor.device.type != "cpu" or wrong_type):
+            if self.runtime != "torch" and (tensor.device.type != "cpu" or wrong_type):
                 raise ValueError(
-                    "the runtime 'onnxruntime' is for float32 on the CPU, export_onnx makes files for others; "
+                    f"the runtime {self.runtime!r} is for float32 on the CPU, export_onnx makes files for others; "
                     f"got {tensor.dtype} on {tensor.device}"
                 )
 
     def layer_run(self, layer: nn.Module, inputs: Inputs) -> Run:
         """A plain layer, to be timed alone: never compiled."""
+        if self.runtime == "torch":
+            return self._torch_run(layer, inputs)
+        graph = onnx_layer(layer, inputs.shape[1:])
         if self.runtime == "onnxruntime":
-            return onnx_session(onnx_layer(layer, inputs.shape[1:]), self.threads)
-        return self._torch_run(layer, inputs)
+            return onnx_session(graph, self.threads)
+        return openvino_session(openvino_model(graph), self.threads, bfloat16=self.bfloat16)
 
     def uncompiled_run(self, model: nn.Module, example: Inputs) -> Run:
         """A whole network, run as layers are timed."""
+        if self.runtime == "torch":
+            return self._torch_run(model, example)
+        structure, graph = output_structure(model, example), onnx_bytes(model, example)
         if self.runtime == "onnxruntime":
-            structure = output_structure(model, example)
-            return onnx_session(onnx_bytes(model, example), self.threads, structure=structure)
-        return self._torch_run(model, example)
+            graph = graph if self.int8 is None else quantised_onnx(graph, self.int8)
+            return onnx_session(graph, self.threads, structure=structure)
+        read = openvino_model(graph)
+        read = read if self.int8 is None else quantised_openvino(read, self.int8)
+        return openvino_session(read, self.threads, structure=structure, bfloat16=self.bfloat16)
 
     def run(self, model: nn.Module, example: Inputs) -> Run:
         """A whole network, run as it is deployed."""
@@ -82,7 +100,12 @@ class Target:
         return cuda_graph(module, inputs) if self.cuda_graph else eager(module)
 
     def __str__(self) -> str:
-        options = {"compiled": self.compile, "CUDA graph": self.cuda_graph}
+        options = {
+            "compiled": self.compile,
+            "CUDA graph": self.cuda_graph,
+            "bfloat16": self.bfloat16,
+            "int8": self.int8 is not None,
+        }
         return ", ".join([self.runtime, *(name for name, on in options.items() if on)])
 
 

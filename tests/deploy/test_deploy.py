@@ -450,7 +450,7 @@ def test_bfloat16():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"runtime": "tensorrt"}, r"runtime must be one of torch, onnxruntime; got 'tensorrt'"),
+        ({"runtime": "tensorrt"}, r"runtime must be one of torch, onnxruntime, openvino; got 'tensorrt'"),
         ({"plans": "fastest"}, r"plans must be one of measure, flops, keep; got 'fastest'"),
         ({"memory_format": "nhwc"}, r"memory_format must be one of .*; got 'nhwc'"),
         ({"threads": 0}, r"threads must be at least 1; got 0"),
