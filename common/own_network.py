@@ -25,7 +25,7 @@ from .compress import choose_layers, trace_layers
 from .deployed_set import INT8_IMAGES
 from .finetune import TrainSettings
 from .inputs import Inputs, first, length, like_model, pairs_of, run, sample
-from .knee import seek
+from .knee import budget_of_speedup, seek
 from .knobs import SearchKnobs
 from .modules import evaluating, unwrapped
 from .reports import plots
@@ -36,17 +36,18 @@ from .search import (
     CallbackTrainer,
     Finalist,
     MenuCosts,
+    Policy,
     Screener,
     Search,
     accuracy,
+    configuration,
     finetune_with,
     kind_for,
 )
 from .take_home import Small
 
-AIMS = (0.95, 0.8)
-"""Budgets, as shares of the time that a speed-up leaves: layers timed alone promise a little more than the network
-keeps, and the second aim is there for where they do."""
+SECOND_AIM = 0.9
+"""Share of the budget at which the policy's mode reaches a speed-up that is searched as well: candidates differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +150,6 @@ def compress_network(
     dense = unwrapped(model)
     if speedup is not None:
         knobs.setdefault("cost", "latency")
-        budgets = tuple(aim / max(speedup, 1.0) for aim in AIMS) if isinstance(speedup, int | float) else budgets
     unknown = set(knobs) - set(NetworkSettings.__dataclass_fields__)
     if unknown:
         known = ", ".join(sorted(NetworkSettings.__dataclass_fields__))
@@ -269,21 +269,24 @@ class NetworkRun(Run):
 
     @step
     def solve_policies(self) -> Search:
-        """The search, with its policies solved; of a speed-up's two aims those that the smallest ranks can reach.
+        """The search, with its policies solved; for a speed-up at the budgets at which it is measured.
 
         Raises:
-            ValueError: none can be reached.
+            ValueError: it cannot be reached.
         """
         if self.settings.speedup is not None:
             menus, cost = self.price_menus()
-            least = MenuCosts.of(self.factorize(), menus, cost).least
-            within_reach = tuple(budget for budget in self.settings.budgets if budget >= least)
-            if not within_reach:
-                raise ValueError(
-                    f"a speed-up of {self.settings.speedup:g} cannot be reached: with every layer's smallest ranks the "
-                    f"network still takes {least:.2f} of its time, a speed-up of {1 / least:.2f}"
-                )
-            self.settings = replace(self.settings, budgets=within_reach)
+            costs = MenuCosts.of(self.factorize(), menus, cost)
+            sensitivity = self.measure_sensitivity()
+
+            def measured(budget: float) -> float:
+                choice = Policy.solve(sensitivity, costs, budget).mode()
+                return self.measured_speedup(configuration(menus, choice))
+
+            known = self.settings.state_folder / "speedup-budget.json"
+            budget = budget_of_speedup(self.settings.speedup, measured, costs.least, known)
+            budgets = (budget, max(SECOND_AIM * budget, costs.least))
+            self.settings = replace(self.settings, budgets=tuple(dict.fromkeys(budgets)))
         return super().solve_policies()
 
     @step

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .compress import ModelFactors, factorize
+from .configuration import Configuration
 from .cost import count_flops, count_params, measure_latency
 from .deploy import Deployed, deploy
 from .deployed_set import IN_INT8, DeployedSet, deploy_all
@@ -165,7 +166,7 @@ class Run(ABC):
         facts = provenance(tree_leaves(self.draw_calibration())[0].device, s.seed)
         settings = {name: value for name, value in s.rows() if name not in head and name not in facts}
         log.header({**head, **facts, **settings, "full_ranks": str(factors.full_ranks())})
-        seconds = measure_latency({"dense": self._deploy_dense().run}, self._example)["dense"]
+        seconds = measure_latency({"dense": self._deployed_dense().run}, self._example)["dense"]
         score = self.dense_score()
         if score is not None:
             log.baseline(head["model"], factors.dense_params, factors.dense_flops, score, seconds)
@@ -246,6 +247,16 @@ class Run(ABC):
             said = "" if score is None else f"{self.score_name} {score:.4f}, "
             self.open_log().info(f"{name}: {said}{1e3 * found.seconds[name]:.3g} ms per batch")
         return found
+
+    def measured_speedup(self, config: Configuration) -> float:
+        """Dense time over that of the network of this configuration, deployed alike and timed interleaved."""
+        small = self._deploy(self.factorize().compress(config))
+        seconds = measure_latency({"dense": self._deployed_dense().run, "small": small.run}, self._example)
+        return seconds["dense"] / seconds["small"]
+
+    @step
+    def _deployed_dense(self) -> Deployed:
+        return self._deploy(self.dense_model())
 
     @step
     def screen_uniform(self) -> dict[float, Screening | str]:
@@ -341,9 +352,6 @@ class Run(ABC):
 
     def _deploy(self, model: nn.Module) -> Deployed:
         return deploy(model, self._example, runtime=self._runtime)
-
-    def _deploy_dense(self) -> Deployed:
-        return self._deploy(self.dense_model())
 
     def _claim_folder(self) -> None:
         """Refuse a folder that was begun with another baseline or other settings: its candidates would not compare.

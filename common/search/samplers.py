@@ -50,11 +50,14 @@ class PolicySampler(BaseSampler):
         policy: the prior pdf.
         seed: with the candidate's number it decides every draw.
         number: the candidate's number in the study, from 0.
+        seen: how many of the study's results it may learn from, the first ones; None: all that are there.
         update_rate: weight of the elite's frequencies (cross-entropy method); 0 leaves the prior as it is.
     """
 
-    def __init__(self, policy: Policy, *, seed: int, number: int, update_rate: float = UPDATE_RATE) -> None:
-        self._prior = policy
+    def __init__(
+        self, policy: Policy, *, seed: int, number: int, seen: int | None = None, update_rate: float = UPDATE_RATE
+    ) -> None:
+        self._prior, self._seen = policy, seen
         self._seed, self._number, self._update_rate = seed, number, update_rate
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -64,10 +67,12 @@ class PolicySampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL))
-        finished = [t for t in trials if t.state == TrialState.COMPLETE]
+        trials = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
         # A failure with a record is a result too; one without was cut off, and is to be proposed again.
-        tried = {_key(t.params) for t in trials if t.state == TrialState.COMPLETE or "record" in t.user_attrs}
+        results = [t for t in trials if t.state == TrialState.COMPLETE or (t.state.is_finished() and _has_record(t))]
+        finished = [t for t in results[: self._seen] if t.state == TrialState.COMPLETE]
+        asked = [t for t in trials if t.state == TrialState.RUNNING and t.params.keys() == search_space.keys()]
+        tried = {_key(t.params) for t in (*results, *asked)}
         if self._number == 0:
             return self._prior.mode()
         policy = self.policy(finished)
@@ -94,15 +99,23 @@ class PolicySampler(BaseSampler):
         return self._prior.updated([t.params for t in elite], self._update_rate)
 
 
-def make_sampler(kind: str, policy: Policy, *, seed: int, number: int, update_rate: float = UPDATE_RATE) -> BaseSampler:
-    """The sampler for candidate `number` of a study.
+def make_sampler(
+    kind: str,
+    policy: Policy,
+    *,
+    seed: int,
+    number: int,
+    seen: int | None = None,
+    update_rate: float = UPDATE_RATE,
+) -> BaseSampler:
+    """The sampler for candidate `number` of a study, of whose results the policy's sees the first `seen`.
 
     Raises:
         ValueError: an unknown kind.
     """
     own_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
     if kind == "policy":
-        return PolicySampler(policy, seed=seed, number=number, update_rate=update_rate)
+        return PolicySampler(policy, seed=seed, number=number, seen=seen, update_rate=update_rate)
     if kind == "tpe":
         return optuna.samplers.TPESampler(seed=own_seed, n_startup_trials=UPDATE_FROM)
     if kind == "random":
@@ -122,6 +135,10 @@ def within_budget(policy: Policy, choice: Mapping[str, int]) -> dict[str, int]:
         lowerable = {name: entries[name][index] for name, index in choice.items() if index > 0}
         choice[max(lowerable, key=lowerable.get)] -= 1
     return choice
+
+
+def _has_record(trial: FrozenTrial) -> bool:
+    return "record" in trial.user_attrs
 
 
 def _key(params: Mapping[str, int]) -> tuple[tuple[str, int], ...]:

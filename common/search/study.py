@@ -1,9 +1,12 @@
 """The search: ask -> compress -> screen -> log, for each budget; resumable at any moment.
 
+Candidates come in generations: those of one are all proposed before any of them is screened, and what they come to is
+told in their order. So every candidate follows from the seed, its number and the generations before its own, whoever
+screens them, how many at a time, and who was fast.
+
 A search lives in a folder: an Optuna study per budget in an SQLite file, the measured sensitivities, the promoted
-candidates' results. Everything that is done is on disk before the next thing starts, and every candidate follows from
-the seed, its number and the finished trials before it. So the same command after Ctrl-C or a kill goes on where it was
-and comes to the same candidates.
+candidates' results. Every result is on disk as soon as it is there. So the same command after Ctrl-C or a kill goes on
+where it was and comes to the same candidates.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 import optuna
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 from pydantic import Field
 from tqdm import tqdm
 
@@ -23,10 +26,14 @@ from ..checked import check_fields
 from ..configuration import Configuration
 from ..ranks import CostMeasure, Menus
 from ..reports import RunLog, read_log
+from .executor import Executor, LocalExecutor
 from .policy import TEMPERATURE, MenuCosts, Policy, configuration
 from .records import Record, restored, stored
 from .samplers import SAMPLERS, UPDATE_RATE, make_sampler, search_space, within_budget
-from .screening import CandidateFailed, Screener
+from .screening import Screener
+
+GENERATION = 8
+"""Candidates that are proposed at a time: the policy learns from whole generations."""
 
 OBJECTIVES: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
     "divergence": lambda record: -record["divergence"],
@@ -45,6 +52,7 @@ class SearchSettings:
         sampler: one of SAMPLERS.
         objective: one of OBJECTIVES; the divergence is the finer measure.
         cost: what the budgets are shares of.
+        generation: candidates proposed at a time, and screened side by side where there are several workers.
         temperature, update_rate, use_sensitivity, use_size: of the policy; see `Policy.solve` and `PolicySampler`.
         seed: decides every draw.
     """
@@ -59,6 +67,7 @@ class SearchSettings:
         "divergence"
     )
     cost: CostMeasure = field(default_factory=CostMeasure)
+    generation: Annotated[int, Field(ge=1, le=10_000, description="a number of candidates, at least 1")] = GENERATION
     temperature: Annotated[float, Field(gt=0, description="a positive number")] = TEMPERATURE
     update_rate: Annotated[float, Field(ge=0, le=1, description="a share in [0, 1]")] = UPDATE_RATE
     use_sensitivity: bool = True
@@ -80,6 +89,7 @@ class Search:
         settings: see `SearchSettings`.
         folder: where the studies live; None keeps them in memory, for a search that nobody resumes.
         log: every candidate is logged there once, if there is one.
+        executor: who screens; None: this process.
 
     Raises:
         ValueError: a budget that no configuration meets.
@@ -93,8 +103,10 @@ class Search:
         settings: SearchSettings,
         folder: Path | None = None,
         log: RunLog | None = None,
+        executor: Executor | None = None,
     ) -> None:
         self.screener, self.menus, self.settings, self._log = screener, menus, settings, log
+        self._executor = executor or LocalExecutor(screener)
         costs = MenuCosts.of(screener.factors, menus, settings.cost)
         self.policies = {
             budget: Policy.solve(
@@ -125,9 +137,7 @@ class Search:
                 for record in own:
                     self.log_once(record)
                 while len(own) < self.settings.candidates:
-                    own.append(self._one(budget, study, own))
-                    bar.update()
-                    bar.set_postfix_str(_best_so_far(own, budget))
+                    own += self._generation(budget, study, own, bar)
                 records += own
         return records
 
@@ -138,56 +148,65 @@ class Search:
             self._logged.add(_identity(record))
 
     def _study(self, budget: float) -> Study:
-        """The budget's study; a trial that a kill left unfinished is given up and will be done again."""
         settings = self.settings
         name = f"budget {budget} {settings.sampler} seed {settings.seed}"
-        study = optuna.create_study(storage=self._storage, study_name=name, direction="maximize", load_if_exists=True)
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            self._tell(study, trial.number, trial.user_attrs.get("record"))
-        return study
+        return optuna.create_study(storage=self._storage, study_name=name, direction="maximize", load_if_exists=True)
 
-    def _one(self, budget: float, study: Study, earlier: list[Record]) -> Record:
-        """Ask for one candidate, screen it, and put the result on disk; `earlier` are the study's records so far."""
-        policy, settings, number = self.policies[budget], self.settings, len(earlier)
+    def _generation(self, budget: float, study: Study, earlier: list[Record], bar: tqdm) -> list[Record]:
+        """Ask for a generation, or for what a killed one lacks; screen it anywhere; tell in order."""
+        settings = self.settings
+        begin = len(earlier) - len(earlier) % settings.generation
+        size = min(begin + settings.generation, settings.candidates) - len(earlier)
+        trials: list[Trial | FrozenTrial] = self._unfinished(budget, study)[:size]
+        for number in range(len(earlier) + len(trials), len(earlier) + size):
+            trials.append(self._ask(budget, study, number, begin))
+        heads = [self._head(budget, trial, len(earlier) + place) for place, trial in enumerate(trials)]
+        known = [restored(trial.user_attrs["record"]) for trial in trials if "record" in trial.user_attrs]
+        results: dict[Configuration, Record] = {record["config"]: record for record in (*known, *earlier)}
+        wanted = list(dict.fromkeys(head["config"] for head in heads if head["config"] not in results))
+        for place, found in self._executor.screen_all(wanted):
+            config = wanted[place]
+            results[config] = found
+            for trial, head in zip(trials, heads, strict=True):
+                if head["config"] == config:  # on disk at once, though it is not yet its turn to be told
+                    _note(study, trial, {**found, **head})
+            bar.update()
+            bar.set_postfix_str(_best_so_far(list(results.values()), budget))
+        bar.update(len(heads) - len(wanted))
+        records = [{**results[head["config"]], **head} for head in heads]
+        for trial, record in zip(trials, records, strict=True):
+            _note(study, trial, record)
+            self._tell(study, trial.number, record)
+            self.log_once(record)
+        return records
+
+    def _unfinished(self, budget: float, study: Study) -> list[FrozenTrial]:
+        """The trials that were asked for and not told, in order: of a generation that a kill has cut short."""
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        space = search_space(self.policies[budget]).keys()
+        for trial in running:
+            if trial.params.keys() != space:  # killed while it was asked for, which will be done again
+                study.tell(trial.number, state=TrialState.FAIL)
+        return sorted((t for t in running if t.params.keys() == space), key=lambda trial: trial.number)
+
+    def _ask(self, budget: float, study: Study, number: int, seen: int) -> Trial:
+        policy, settings = self.policies[budget], self.settings
         study.sampler = make_sampler(
-            settings.sampler, policy, seed=settings.seed, number=number, update_rate=settings.update_rate
+            settings.sampler, policy, seed=settings.seed, number=number, seen=seen, update_rate=settings.update_rate
         )
-        trial = study.ask(search_space(policy))
-        choice = trial.params if settings.sampler == "policy" else within_budget(policy, trial.params)
-        config = configuration(self.menus, choice)
-        head = {"config": config, "trial": f"{budget:g}-{number}", "budget": budget, "seed": settings.seed}
-        known = next((record for record in earlier if record["config"] == config), None)
-        record = {**known, **head} if known else {**head, **self._screened(config)}
-        trial.set_user_attr("record", stored(record))
-        self._tell(study, trial.number, record)
-        self.log_once(record)
-        return record
+        return study.ask(search_space(policy))
 
-    def _tell(self, study: Study, number: int, record: Mapping[str, Any] | None) -> None:
-        if record is None or record["status"] == "failed":
+    def _head(self, budget: float, trial: Trial | FrozenTrial, number: int) -> dict[str, Any]:
+        policy = self.policies[budget]
+        choice = trial.params if self.settings.sampler == "policy" else within_budget(policy, trial.params)
+        config = configuration(self.menus, choice)
+        return {"config": config, "trial": f"{budget:g}-{number}", "budget": budget, "seed": self.settings.seed}
+
+    def _tell(self, study: Study, number: int, record: Mapping[str, Any]) -> None:
+        if record["status"] == "failed":
             study.tell(number, state=TrialState.FAIL)
         else:
             study.tell(number, OBJECTIVES[self.settings.objective](record))
-
-    def _screened(self, config: Configuration) -> dict[str, Any]:
-        """What screening found, as the rest of a record."""
-        try:
-            found = self.screener.screen(config)
-        except CandidateFailed as failure:
-            return {"status": "failed", "reason": str(failure), "stage": "screen"}
-        return {
-            "params": found.params,
-            "flops": found.flops,
-            "accuracy": None,
-            "inference_time": None,
-            "compression_rate": self.screener.factors.dense_params / found.params,
-            "accepted": False,
-            "status": "screened",
-            "val_accuracy": found.accuracy,
-            "divergence": found.divergence,
-            **({"metric": "evaluate"} if self.screener.scored else {}),
-            "seconds": found.seconds,
-        }
 
 
 def _storage(folder: Path | None) -> optuna.storages.BaseStorage:
@@ -213,6 +232,11 @@ def _recorded(study: Study) -> list[FrozenTrial]:
 
 def _records(study: Study) -> list[Record]:
     return [restored(trial.user_attrs["record"]) for trial in _recorded(study)]
+
+
+def _note(study: Study, trial: Trial | FrozenTrial, record: Mapping[str, Any]) -> None:
+    """Keep a trial's record with it."""
+    study._storage.set_trial_user_attr(trial._trial_id, "record", stored(record))
 
 
 def _best_so_far(records: list[Record], budget: float) -> str:

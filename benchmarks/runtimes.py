@@ -1,0 +1,199 @@
+"""A dense network and its compressed copy in every runtime and precision of this machine's CPU, timed in turns.
+
+    python benchmarks/runtimes.py --dense finetuned/saved_models/resnet18_mnist_224.safetensors \\
+        --compressed results/mnist-224/resnet18-smallest-seed0.safetensors --data mnist --image-size 224
+
+Both sides get every runtime: a speed-up is that of the same runtime and precision, and, in a column of its own, that
+over the fastest dense network in float32 of all runtimes. Test accuracy stands beside each, since quantisation costs
+some. Let nothing else run at the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from tqdm import tqdm
+
+if __package__ in (None, ""):
+    # Run as a script: the repository root, not this folder, is where `common` is found.
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common.cost import count_flops, count_params, latency_samples, summarise
+from common.data import Dataset, load
+from common.deploy import Deployed, deploy
+from common.deployed_set import INT8_IMAGES, AsModule
+from common.files import write_text
+from common.finetune import evaluate
+from common.models import load_checkpoint, load_compressed
+from common.provenance import provenance
+
+SIDES = ("dense", "compressed")
+
+
+@dataclass(frozen=True)
+class Way:
+    """A runtime and the numbers that it computes in."""
+
+    runtime: str
+    precision: str
+
+    def deployed(self, network: nn.Module, example: Tensor, images: Tensor, rounds: int) -> Deployed:
+        options: dict[str, Any] = {"runtime": self.runtime, "rounds": rounds}
+        if self.precision == "int8":
+            options["int8"] = images
+        elif self.precision == "bfloat16":
+            options["dtype"] = torch.bfloat16
+        return deploy(network, example, **options)
+
+    def __str__(self) -> str:
+        return f"{self.runtime} {self.precision}"
+
+
+WAYS = {
+    str(way): way
+    for way in (
+        Way("torch", "float32"),
+        Way("onnxruntime", "float32"),
+        Way("openvino", "float32"),
+        Way("openvino", "bfloat16"),
+        Way("onnxruntime", "int8"),
+        Way("openvino", "int8"),
+    )
+}
+
+
+def measure(networks: Mapping[str, nn.Module], dataset: Dataset, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row per batch size, runtime and precision: seconds per batch and test accuracy of both sides."""
+    images = dataset.train.sample(min(INT8_IMAGES, len(dataset.train)), 0)
+    accuracies: dict[tuple[str, str], float] = {}
+    rows = []
+    for batch in options.batches:
+        deployed = {
+            (side, way): WAYS[way].deployed(network, images[:batch].clone(), images, options.rounds)
+            for way in tqdm(options.ways, desc=f"deploying for batch {batch}", unit="runtime")
+            for side, network in networks.items()
+        }
+        for key, model in deployed.items():
+            if key not in accuracies:
+                accuracies[key] = evaluate(_on_batches(model, batch), dataset.test, limit=options.test_images).accuracy
+        load_average = os.getloadavg()[0]
+        runs = {key: model.run for key, model in deployed.items()}
+        samples = latency_samples(runs, images[:batch].clone(), rounds=options.rounds)
+        for way in options.ways:
+            sides = {side: vars(summarise(samples[side, way], batch)) for side in SIDES}
+            scores = {side: accuracies[side, way] for side in SIDES}
+            rows.append({"batch": batch, "way": way, **sides, "accuracy": scores, "load_average": load_average})
+    return rows
+
+
+def _on_batches(model: Deployed, batch: int) -> nn.Module:
+    """The deployed network, run on as many images at once as it is made for: graphs are compiled for each size."""
+    inner = AsModule(model)
+
+    class Pieces(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.cat([inner(piece) for piece in images.split(batch)])
+
+    return Pieces()
+
+
+def table(content: Mapping[str, Any]) -> str:
+    """The rows as a Markdown table, with what they were measured on below."""
+    lines = []
+    for row in content["rows"]:
+        floats = [r for r in content["rows"] if r["batch"] == row["batch"] and r["way"].endswith("float32")]
+        best = min((r["dense"]["median"] for r in floats), default=None)
+        dense, ours = row["dense"]["median"], row["compressed"]["median"]
+        lines.append(
+            [
+                row["batch"],
+                *row["way"].split(),
+                f"{1e3 * dense:.2f}",
+                f"{1e3 * ours:.2f}",
+                f"{dense / ours:.2f}x",
+                "-" if best is None else f"{best / dense:.2f}x",
+                "-" if best is None else f"{best / ours:.2f}x",
+                f"{row['accuracy']['dense']:.4f}",
+                f"{row['accuracy']['compressed']:.4f}",
+            ]
+        )
+    headers = ["batch", "runtime", "precision", "dense ms", "compressed ms", "speed-up"]
+    headers += [
+        "dense, over best float32",
+        "compressed, over best dense float32",
+        "dense accuracy",
+        "compressed accuracy",
+    ]
+    sizes, found_by = content["sizes"], content["provenance"]
+    share = {key: sizes["compressed"][key] / sizes["dense"][key] for key in ("params", "flops")}
+    notes = [
+        f"{content['network']}, {content['image_size']} px: {share['params']:.1%} of the parameters, "
+        f"{share['flops']:.1%} of the FLOPs kept. Accuracy of the first {content['test_images']} test images.",
+        f"{found_by['machine']}, {torch.get_num_threads()} threads, revision {found_by['git_revision']}; median of "
+        f"{content['rounds']} interleaved rounds, both sides folded and with plans chosen by measurement in float32.",
+        f"Load average before the timings at most {max(row['load_average'] for row in content['rows']):.1f}.",
+    ]
+    text = tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
+    return text + "\n\n" + "\n".join(f"- {note}" for note in notes)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code: 0, 2 for bad input."""
+    options = _parser().parse_args(arguments)
+    try:
+        compressed, header = load_compressed(options.compressed)
+        dense, _ = load_checkpoint(
+            options.dense, architecture=header["architecture"], num_classes=header["num_classes"]
+        )
+        dataset = load(options.data, options.data_root, image_size=options.image_size)
+        networks = {"dense": dense, "compressed": compressed}
+        shape = tuple(next(dataset.test.batches(1)).images.shape[1:])
+        content = {
+            "network": header["architecture"],
+            "image_size": options.image_size,
+            "test_images": min(options.test_images, len(dataset.test)),
+            "rounds": options.rounds,
+            "sizes": {n: {"params": count_params(m), "flops": count_flops(m, shape)} for n, m in networks.items()},
+            "rows": measure(networks, dataset, options),
+            "provenance": provenance("cpu", 0),
+        }
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    out = options.out or Path("results") / f"runtimes-{header['architecture']}"
+    ratios = [r["dense"]["median"] / r["compressed"]["median"] for r in content["rows"]]
+    write_text(out / "runtimes.json", json.dumps(content, indent=1) + "\n")
+    write_text(out / "runtimes.md", table(content) + "\n")
+    print(table(content))
+    print(f"\nmedian speed-up over all rows: {statistics.median(ratios):.2f}x")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dense", required=True, type=Path, help="checkpoint of the dense network (.safetensors)")
+    parser.add_argument("--compressed", required=True, type=Path, help="file of save_compressed")
+    parser.add_argument("--data", default="mnist", help="data set, or folder:PATH (default: mnist)")
+    parser.add_argument("--data-root", help="default: $HTD_DATA, else data")
+    parser.add_argument("--image-size", type=int, default=224, metavar="PIXELS")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help=", ".join(WAYS))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--test-images", type=int, default=1000, help="for the accuracies (default: 1000)")
+    parser.add_argument("--out", type=Path, help="default: results/runtimes-NETWORK")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
