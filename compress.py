@@ -64,6 +64,9 @@ def _run(options: argparse.Namespace) -> int:
         latency_batch=options.latency_batch,
         runtime=options.runtime,
         int8=options.int8,
+        executor=options.executor,
+        address=options.address,
+        workers=options.workers,
         learning_rate=options.learning_rate,
         tolerance=options.max_loss,
         augment=options.augment,
@@ -172,6 +175,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--leave-dense", nargs="*", default=[], metavar="LAYER", help="layers that are not touched")
     parser.add_argument("--onnx", action="store_true", help="write an ONNX file beside --out")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--executor", default="local", help="local, or ray: workers on this machine or a cluster")
+    parser.add_argument("--address", help="of a running Ray cluster, such as auto; default: one is started here")
+    parser.add_argument("--workers", type=int, help="of Ray; default: one per GPU, or as many as there are processors")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split-seed", type=int, default=0, help="of the validation part (default: 0)")
     parser.add_argument("--folder", help="of the run's log and state; default: --out without its suffix")

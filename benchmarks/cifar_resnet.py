@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import time
 from pathlib import Path
 
 import torch.nn.functional as F
+from tabulate import tabulate
 from torch import Tensor, nn
 
 if __package__ in (None, ""):
@@ -21,7 +23,11 @@ if __package__ in (None, ""):
 
 from common import compress_network
 from common.data import load
+from common.files import write_text
 from common.models import read_state_dict
+from common.own_network import NetworkRun
+from common.provenance import provenance
+from common.take_home import Small
 
 
 class BasicBlock(nn.Module):
@@ -82,6 +88,7 @@ def from_checkpoint(path: str | Path) -> CifarResNet:
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0, or 2 for bad input."""
     options = _parser().parse_args(arguments)
+    started = time.perf_counter()
     try:
         model = from_checkpoint(options.checkpoint)
         data = load(options.data, image_size=32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -99,16 +106,41 @@ def main(arguments: list[str] | None = None) -> int:
             promote=1,
             details={"classes": list(data.classes), "mean": list(data.mean), "std": list(data.std)},
         )
-        print(run.table().to_string())
         small = run.best(max_loss=options.max_loss)
         path = small.save(Path(run.settings.folder) / "small.safetensors")
-        onnx = small.export_onnx(path.with_suffix(".onnx"))
-        for one in (path, onnx):
-            print(f"{one}: {one.stat().st_size / 1e6:.2f} MB")
+        written = [Path(options.checkpoint), path, small.export_onnx(path.with_suffix(".onnx"))]
+        text = report(run, small, written, time.perf_counter() - started)
+        print(text)
+        if options.report is not None:
+            write_text(options.report, text + "\n")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def report(run: NetworkRun, small: Small, written: list[Path], seconds: float) -> str:
+    """The run's table as Markdown, what was chosen, how large the files are, and how long it took where."""
+    table = run.table()
+    shown = table.assign(
+        **{column: table[column].map("{:,.0f}".format) for column in ("parameters", "FLOPs")},
+        **{column: table[column].map("{:.1%}".format) for column in ("parameters saved", "FLOPs saved")},
+        **{
+            "ms per batch": table["ms per batch"].map("{:.2f}".format),
+            "speed-up": table["speed-up"].map("{:.2f}x".format),
+        },
+        **{run.score_name: table[run.score_name].map("{:.4f}".format)},
+    )
+    facts, s = provenance("cpu", run.settings.seed), run.settings
+    files = ", ".join(f"{path.name} {path.stat().st_size / 1e6:.2f} MB" for path in written)
+    notes = [
+        f"Taken: {small.record['trial']}. Files: {files}.",
+        f"{seconds / 60:.1f} minutes in all; {s.candidates} candidates a budget, {s.finetune_epochs} epochs, "
+        f"seed {s.seed}; speed in {s.runtime}, batch {s.latency_batch}.",
+        f"{facts['machine']}, revision {facts['git_revision']}.",
+    ]
+    lines = "\n".join(f"- {note}" for note in notes)
+    return f"{tabulate(shown, headers='keys', tablefmt='github', disable_numparse=True)}\n\n{lines}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -121,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-loss", type=float, default=0.02, help="accuracy that may be lost (default: 0.02)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", help="default: runs/resnetN")
+    parser.add_argument("--report", type=Path, metavar="PATH", help="Markdown of what came of it")
     return parser
 
 

@@ -1,12 +1,13 @@
-"""Networks that others trained, compressed without any training: the policy beside the rules and two-factor SVD.
+"""Networks that others trained, compressed without training or with a few epochs: the policy beside what others do.
 
-    python benchmarks/published_networks.py --checkpoints resnet20.th resnet56.th --data folder:PATH
+    python benchmarks/published_networks.py --checkpoints resnet20.th resnet56.th --data folder:PATH --epochs 0 3
 
 CIFAR-10's residual networks from their published checkpoints. Every method chooses ranks at the same budgets of FLOPs;
 all are compressed with the same data-aware factors and reconstructed alike. Samplers propose --candidates
 configurations per budget and the one of least divergence on validation images is taken; rules propose one. Test is read
 once for each row. The checkpoints were trained on all training images, so that validation accuracy flatters them;
-divergence from the dense outputs ranks candidates all the same.
+divergence from the dense outputs ranks candidates all the same. With --epochs, all are fine-tuned alike,
+distilled from the dense one on augmented images; the dense network trained on as long is a row of its own.
 
 Writes rows.json after every row, and goes on where it was; then table.md.
 """
@@ -19,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ from common.compress import HTLayer, ModelFactors, factorize, reconstruct
 from common.compress.layers import PLANS
 from common.configuration import Configuration, KernelRanks
 from common.files import exclusive, write_text
-from common.finetune import evaluate
+from common.finetune import TrainSettings, evaluate, train
 from common.modules import copy_with
 from common.provenance import provenance
 from common.ranks import build_menus, meet_budget
@@ -57,6 +59,10 @@ RULES = ("uniform", "energy", "vbmf")
 SAMPLERS = ("policy", "tpe")
 TWO_FACTOR = "two-factor SVD"
 METHODS = (*SAMPLERS, *RULES, TWO_FACTOR)
+DENSE = "dense, trained on"
+
+RECIPE = TrainSettings(learning_rate=0.02, weight_decay=1e-4, distill_weight=0.9, distill_temperature=4.0)
+"""How networks are fine-tuned: of every method alike, and the dense one."""
 
 
 class Bench:
@@ -73,10 +79,20 @@ class Bench:
         measured = measured_sensitivity(self.factors, self.menus, most, progress=False)
         self.sensitivity = blended_sensitivity(self.menus, measured)
 
-    def row(self, method: str, budget: float) -> dict[str, Any]:
-        """What a method comes to at a budget: the network that it chooses on validation, and that one's test score."""
+    def row(self, method: str, budget: float, epochs: int, untrained: Mapping[str, Any] | None) -> dict[str, Any]:
+        """What a method comes to at a budget: the network that it chooses on validation, and that one's test score.
+
+        untrained: the method's row without training, whose ranks are taken.
+        """
         started = time.perf_counter()
-        network, config, tried = self.chosen(method, budget)
+        if untrained is not None and method not in (TWO_FACTOR, DENSE):
+            config, tried = Configuration.parse(untrained["config_str"]), untrained["screened"]
+            network = self.screener.build(config)
+        else:
+            network, config, tried = self.chosen(method, budget)
+        if epochs:
+            recipe = replace(RECIPE, epochs=epochs, seed=self.seed, val_images=self.options.screen)
+            train(network, self.dataset, recipe, teacher=self.model)
         seconds = time.perf_counter() - started
         flops = sum(_flops(self.factors, name, ranks, method) for name, ranks in config.items())
         outside = self.factors.dense_flops - sum(self.factors.layers[name].dense_flops for name in config)
@@ -92,6 +108,8 @@ class Bench:
 
     def chosen(self, method: str, budget: float) -> tuple[nn.Module, Configuration, int]:
         """The network, its configuration, and how many were screened for it."""
+        if method == DENSE:
+            return copy_with(self.model, {}), Configuration({}), 0
         if method == TWO_FACTOR:
             config = two_factor_ranks(self.factors, budget)
             return reconstruct(two_factor(self.factors, config), self.screener.targets), config, 1
@@ -169,19 +187,21 @@ def two_factor(factors: ModelFactors, config: Mapping[str, Any]) -> nn.Module:
 def table(content: Mapping[str, Any]) -> str:
     """Points lost on test, mean and standard deviation over the seeds: a line per method, a column per budget."""
     parts = []
-    for network, dense in content["dense"].items():
-        rows = [row for row in content["rows"] if row["network"] == network]
+    for network, epochs in dict.fromkeys((row["network"], row["epochs"]) for row in content["rows"]):
+        dense = content["dense"][network]
+        rows = [row for row in content["rows"] if (row["network"], row["epochs"]) == (network, epochs)]
         budgets = sorted({row["budget"] for row in rows}, reverse=True)
         lines = [
             [method, *(_lost(dense, [r for r in rows if r["method"] == method and r["budget"] == b]) for b in budgets)]
-            for method in METHODS
+            for method in (*METHODS, DENSE)
             if any(row["method"] == method for row in rows)
         ]
         heads = [f"{network}: points lost", *(f"{budget:.0%}" for budget in budgets)]
         seeds = len({row["seed"] for row in rows})
         parts.append(tabulate(lines, headers=heads, tablefmt="github", disable_numparse=True))
         count = f"{seeds} seed{'s' if seeds > 1 else ''}"
-        parts.append(f"Columns are shares of the dense FLOPs. {count}; dense: {dense:.4f} on test. No training.")
+        trained = f"{epochs} epochs of fine-tuning" if epochs else "No training"
+        parts.append(f"Columns are shares of the dense FLOPs. {count}; dense: {dense:.4f} on test. {trained}.")
     return "\n\n".join(parts)
 
 
@@ -220,21 +240,33 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         if network not in content["dense"]:
             content["dense"][network] = evaluate(model, dataset.test).accuracy
         for seed in options.seeds:
-            done = {(r["network"], r["seed"], r["budget"], r["method"]) for r in content["rows"]}
+            known = {_key(row): row for row in content["rows"]}
             left = [
-                (budget, method)
+                key
+                for epochs in sorted(options.epochs)
                 for budget in options.budgets
                 for method in options.methods
-                if (network, seed, budget, method) not in done
+                if (key := (network, seed, budget, method, epochs)) not in known
             ]
+            if any(options.epochs) and (network, seed, 1.0, DENSE, max(options.epochs)) not in known:
+                left.append((network, seed, 1.0, DENSE, max(options.epochs)))
             if not left:
                 continue
             bench = Bench(model, dataset, options, seed)
-            for budget, method in tqdm(left, desc=f"{network}, seed {seed}", unit="row"):
-                head = {"network": network, "seed": seed, "budget": budget, "method": method}
-                content["rows"].append(head | bench.row(method, budget))
+            for key in tqdm(left, desc=f"{network}, seed {seed}", unit="row"):
+                _, _, budget, method, epochs = key
+                row = bench.row(method, budget, epochs, known.get((*key[:-1], 0)))
+                known[key] = dict(zip(KEY, key, strict=True)) | row
+                content["rows"].append(known[key])
                 write_text(target, json.dumps(content, indent=1) + "\n")
     return content
+
+
+KEY = ("network", "seed", "budget", "method", "epochs")
+
+
+def _key(row: Mapping[str, Any]) -> tuple:
+    return tuple(row[name] for name in KEY)
 
 
 def _known(target: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -257,6 +289,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.7, 0.5, 0.35, 0.25])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, nargs="+", default=[0], help="of fine-tuning (default: 0, none)")
     parser.add_argument("--candidates", type=int, default=24, help="screened per budget by a sampler (default: 24)")
     parser.add_argument("--calibration", type=int, default=512, metavar="IMAGES")
     parser.add_argument("--screen", type=int, default=1000, metavar="IMAGES")

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from .compress.selection import LAYER_SETS
 from .deploy.runtimes import RUNTIMES
-from .search import SAMPLERS
+from .search import EXECUTORS, GENERATION, SAMPLERS
 
 COSTS = ("flops", "params", "mix", "latency")
 SENSITIVITIES = ("blended", "measured", "proxy")
@@ -42,6 +42,9 @@ class SearchKnobs:
         latency_batch: images per batch when speed is measured.
         runtime: torch, onnxruntime or openvino; what both sides are deployed to.
         int8: measure both sides quantised to int8 as well, in a runtime that has it.
+        generation: candidates proposed at a time, and screened side by side where there are several workers.
+        executor: local (this process), or ray (workers on this machine, or on a cluster).
+        address, workers: of Ray; see `common.search.RaySettings`.
         device: auto, cpu, cuda.
         seed: of everything random in the search and the fine-tuning.
         folder: where the log and the state of the run go.
@@ -64,6 +67,10 @@ class SearchKnobs:
     latency_batch: Annotated[int, Field(ge=1, le=65_536, description="a number of images, at least 1")] = 16
     runtime: Annotated[Literal[RUNTIMES], Field(description=one_of(RUNTIMES))] = "onnxruntime"
     int8: bool = False
+    generation: Annotated[int, Field(ge=1, le=10_000, description="a number of candidates, at least 1")] = GENERATION
+    executor: Annotated[Literal[EXECUTORS], Field(description=one_of(EXECUTORS))] = "local"
+    address: str | None = None
+    workers: Annotated[int | None, Field(ge=1, le=100_000, description="a number of workers, or None")] = None
     device: Annotated[str, Field(pattern=DEVICES, description="auto, cpu, mps, cuda or cuda:N")] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")] = 0
     folder: str = "logs"

@@ -136,7 +136,7 @@ def compress_network(
         details: kept in the files, such as {"classes": [...], "mean": [...], "std": [...]}.
         knobs: others of `NetworkSettings`: cost, candidates, sampler, sensitivity, promote, tolerance, learning_rate,
             distill_weight, augment (of our own splits; others are the loader's affair), latency_batch, runtime, int8,
-            seed, layers.
+            generation, executor, address, workers, seed, layers.
 
     Returns:
         the finished run: its table, its best network, its log.

@@ -33,7 +33,11 @@ from .reports import RunLog
 from .search import (
     AcceptanceRule,
     CandidateFailed,
+    Executor,
     Finalist,
+    LocalExecutor,
+    RayExecutor,
+    RaySettings,
     Record,
     Screener,
     Screening,
@@ -61,6 +65,9 @@ MAY_CHANGE = (
     "latency_batch",
     "runtime",
     "int8",
+    "executor",
+    "address",
+    "workers",
     "folder",
     "baselines",
     "data_root",
@@ -206,9 +213,29 @@ class Run(ABC):
         """The search, with its policies solved and nothing screened yet."""
         s = self.settings
         menus, cost = self.price_menus()
-        settings = SearchSettings(budgets=s.budgets, candidates=s.candidates, sampler=s.sampler, cost=cost, seed=s.seed)
+        settings = SearchSettings(
+            budgets=s.budgets,
+            candidates=s.candidates,
+            sampler=s.sampler,
+            cost=cost,
+            generation=s.generation,
+            seed=s.seed,
+        )
         sensitivity = self.measure_sensitivity()
-        return Search(self.make_screener(), menus, sensitivity, settings, s.state_folder, self.open_log())
+        return Search(
+            self.make_screener(), menus, sensitivity, settings, s.state_folder, self.open_log(), self._executor()
+        )
+
+    @step
+    def _executor(self) -> Executor:
+        """Who screens: kept from one search to the next, and let go of when the run is closed."""
+        s, screener = self.settings, self.make_screener()
+        if s.executor == "local":
+            return LocalExecutor(screener)
+        workers = RaySettings(address=s.address, workers=s.workers)
+        executor = RayExecutor(screener, workers, most=min(s.generation, s.candidates))
+        self._held.callback(executor.close)
+        return executor
 
     def use_budgets(self, budgets: tuple[float, ...]) -> None:
         """Go on with other budgets; what was done for those that stay is on disk, and not done again."""
@@ -219,7 +246,11 @@ class Run(ABC):
     @step
     def screen(self) -> list[Record]:
         """The record of every candidate, screened without training."""
-        return self.solve_policies().run(progress=self.progress)
+        try:
+            return self.solve_policies().run(progress=self.progress)
+        finally:
+            if "_executor" in self._done:  # workers would slow what comes next, and be timed with it
+                self._done.pop("_executor").close()
 
     def promote(self) -> list[Record]:
         """The best candidates of each budget."""

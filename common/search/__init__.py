@@ -2,6 +2,7 @@
 
 from .clock import StepClock, search_seconds
 from .divergence import accuracy, kind_for
+from .executor import EXECUTORS, Executor, LocalExecutor
 from .policy import MenuCosts, Policy, configuration
 from .promotion import (
     AcceptanceRule,
@@ -12,24 +13,31 @@ from .promotion import (
     finetune_with,
     promote,
 )
+from .ray_executor import RayExecutor, RaySettings
 from .records import Record
 from .samplers import SAMPLERS, UPDATE_RATE, make_sampler, search_space, within_budget
 from .screening import CandidateFailed, Screener, Screening
 from .sensitivity import blended_sensitivity, measured_sensitivity, proxy_sensitivity
-from .study import Search, SearchSettings
+from .study import GENERATION, Search, SearchSettings
 from .trainers import BatchTrainer, CallbackTrainer
 
 __all__ = [
+    "EXECUTORS",
+    "GENERATION",
     "SAMPLERS",
     "UPDATE_RATE",
     "AcceptanceRule",
     "BatchTrainer",
     "CallbackTrainer",
     "CandidateFailed",
+    "Executor",
     "Finalist",
     "FinetuneSettings",
+    "LocalExecutor",
     "MenuCosts",
     "Policy",
+    "RayExecutor",
+    "RaySettings",
     "Record",
     "Screener",
     "Screening",

@@ -8,12 +8,17 @@ from typing import Any, Protocol
 from ..configuration import Configuration
 from .screening import CandidateFailed, Screener
 
+EXECUTORS = ("local", "ray")
+
 
 class Executor(Protocol):
     """Screens configurations."""
 
     def screen_all(self, configs: Sequence[Configuration]) -> Iterator[tuple[int, dict[str, Any]]]:
         """The place of each configuration and what `screened` found, as they are done, in whatever order."""
+
+    def close(self) -> None:
+        """Let go of whatever it holds."""
 
 
 def screened(screener: Screener, config: Configuration) -> dict[str, Any]:
@@ -46,3 +51,6 @@ class LocalExecutor:
     def screen_all(self, configs: Sequence[Configuration]) -> Iterator[tuple[int, dict[str, Any]]]:
         for place, config in enumerate(configs):
             yield place, screened(self._screener, config)
+
+    def close(self) -> None:
+        """Nothing is held."""

@@ -11,6 +11,7 @@ where it was and comes to the same candidates.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,12 @@ from .policy import TEMPERATURE, MenuCosts, Policy, configuration
 from .records import Record, restored, stored
 from .samplers import SAMPLERS, UPDATE_RATE, make_sampler, search_space, within_budget
 from .screening import Screener
+
+METRIC_NAMES = {"divergence": "minus divergence", "accuracy": "validation accuracy"}
+"""What a study's values are called where people watch it."""
+
+SHOWN = ("params", "flops", "compression_rate", "val_accuracy", "divergence", "seconds", "status", "reason")
+"""Fields of a record that stand with its trial by themselves as well, for those who watch."""
 
 GENERATION = 8
 """Candidates that are proposed at a time: the policy learns from whole generations."""
@@ -150,7 +157,11 @@ class Search:
     def _study(self, budget: float) -> Study:
         settings = self.settings
         name = f"budget {budget} {settings.sampler} seed {settings.seed}"
-        return optuna.create_study(storage=self._storage, study_name=name, direction="maximize", load_if_exists=True)
+        study = optuna.create_study(storage=self._storage, study_name=name, direction="maximize", load_if_exists=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names([METRIC_NAMES[settings.objective]])
+        return study
 
     def _generation(self, budget: float, study: Study, earlier: list[Record], bar: tqdm) -> list[Record]:
         """Ask for a generation, or for what a killed one lacks; screen it anywhere; tell in order."""
@@ -236,7 +247,9 @@ def _records(study: Study) -> list[Record]:
 
 def _note(study: Study, trial: Trial | FrozenTrial, record: Mapping[str, Any]) -> None:
     """Keep a trial's record with it."""
-    study._storage.set_trial_user_attr(trial._trial_id, "record", stored(record))
+    attributes = {"record": stored(record), **{key: record[key] for key in SHOWN if key in record}}
+    for key, value in attributes.items():
+        study._storage.set_trial_user_attr(trial._trial_id, key, value)
 
 
 def _best_so_far(records: list[Record], budget: float) -> str:
