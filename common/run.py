@@ -204,8 +204,11 @@ class Run(ABC):
         images = first(calibration, min(MOST_SENSITIVITY_IMAGES, -(-length(calibration) // 4)))
         cache = self.settings.state_folder / "sensitivity.json"
         kind = self.make_screener().kind
+        spread = self._executor().divergences if self.settings.executor == "ray" else None
         with self._clock.step("sensitivity"):
-            measured = measured_sensitivity(factors, menus, images, kind=kind, cache=cache, progress=self.progress)
+            measured = measured_sensitivity(
+                factors, menus, images, kind=kind, cache=cache, progress=self.progress, spread=spread
+            )
         return measured if self.settings.sensitivity == "measured" else blended_sensitivity(menus, measured)
 
     @step

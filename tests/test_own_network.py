@@ -352,3 +352,14 @@ def test_int8_in_a_runtime_without_it_is_refused_at_once(trained, loaders, tmp_p
     with pytest.raises(ValueError, match="int8 is for the runtimes onnxruntime and openvino"):
         compress_network(trained, *loaders, folder=tmp_path / "x", int8=True, runtime="torch", **QUICK)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_run_on_rays_workers_is_the_run_of_this_process(finished, trained, loaders, tmp_path):
+    pytest.importorskip("ray")
+    options = {"budgets": (0.6,), "epochs": 1, "tolerance": 0.5, "executor": "ray", "workers": 2}
+    run = compress_network(trained, *loaders, folder=tmp_path, **options, **QUICK)
+    ours, others = (
+        [(record["config"], record["params"], record["val_accuracy"]) for record in one.screen()]
+        for one in (run, finished[0])
+    )
+    assert ours == others

@@ -19,9 +19,12 @@ from torch.utils._pytree import tree_leaves
 
 from ..checked import check_fields
 from ..configuration import Configuration
+from ..inputs import Inputs, first, length
 from ..modules import first_line
+from ..ranks import Menus
 from .executor import screened
 from .screening import Screener
+from .sensitivity import divergences
 
 RETRIES = 20
 """How often a candidate is begun again when its worker dies; then it is recorded as failed."""
@@ -74,6 +77,10 @@ class Worker:
 
     def screen(self, place: int, config: str) -> tuple[int, dict[str, Any]]:
         return place, screened(self._screener, Configuration.parse(config))
+
+    def divergences(self, menus: Menus, images: int, kind: str, anchors: int) -> dict[str, dict[int, float]]:
+        factors, own = self._screener.factors, first(self._screener.targets.images, images)
+        return divergences(factors, menus, own, kind, anchors, progress=False)
 
 
 class RayExecutor:
@@ -132,6 +139,22 @@ class RayExecutor:
         for place in sorted(missing):
             said = f"its worker died {RETRIES + 1} times: {reason}"
             yield place, {"status": "failed", "reason": said, "stage": "screen"}
+
+    def divergences(self, menus: Menus, images: Inputs, kind: str, anchors: int) -> dict[str, dict[int, float]]:
+        """`common.search.sensitivity.divergences` of the first calibration images, the layers divided evenly.
+
+        images: how many of them, by their number alone: the workers have them.
+        """
+        names, count = list(menus), min(self.workers, len(menus))
+        # Every n-th layer to a worker, since what lies behind a layer is what it costs.
+        parts = [{name: menus[name] for name in names[start::count]} for start in range(count)]
+        found = self._ray.get(
+            [
+                actor.divergences.remote(part, length(images), kind, anchors)
+                for actor, part in zip(self._actors, parts, strict=False)
+            ]
+        )
+        return {name: values for part in found for name, values in part.items()}
 
     def processes(self) -> list[int]:
         """The workers' process numbers; waits until all of them run."""

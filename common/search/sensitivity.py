@@ -49,6 +49,7 @@ def measured_sensitivity(
     kind: str = "kl",
     cache: Path | None = None,
     progress: bool = True,
+    spread: Callable[[Menus, Inputs, str, int], dict[str, dict[int, float]]] | None = None,
 ) -> dict[str, tuple[float, ...]]:
     """Divergence of the network's output with this layer alone compressed, at each entry of its menu.
 
@@ -61,20 +62,30 @@ def measured_sensitivity(
         kind: of divergence, see `common.search.divergence`.
         cache: a JSON file; measured values found there are used again, if they belong to the same network, images
             and menus.
+        spread: in place of `divergences` in this process: the same, of workers.
     """
     fingerprint = _fingerprint(factors, menus, images, anchors, kind)
     if cache is not None and (known := _read_cache(cache, fingerprint)) is not None:
         return known
-    targets = Targets.of(factors, channels_last(images))
-    measured = _Measured(factors, menus, targets, kind, anchors, progress)
-    try:
-        found = measured.from_prefixes()
-    except Unrepeatable:
-        found = measured.from_whole_passes()
+    if spread is not None:
+        found = spread(menus, images, kind, anchors)
+    else:
+        found = divergences(factors, menus, images, kind, anchors, progress=progress)
     result = {name: _interpolated(menu, found[name]) for name, menu in menus.items()}
     if cache is not None:
         write_text(cache, json.dumps({"fingerprint": fingerprint, "sensitivity": result}, indent=1))
     return result
+
+
+def divergences(
+    factors: ModelFactors, menus: Menus, images: Inputs, kind: str, anchors: int, *, progress: bool = True
+) -> dict[str, dict[int, float]]:
+    """What `measured_sensitivity` interpolates between: layer -> {index into its menu: divergence}."""
+    measured = _Measured(factors, menus, Targets.of(factors, channels_last(images)), kind, anchors, progress)
+    try:
+        return measured.from_prefixes()
+    except Unrepeatable:
+        return measured.from_whole_passes()
 
 
 def blended_sensitivity(menus: Menus, measured: Sensitivities) -> dict[str, tuple[float, ...]]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common.reports import RunLog, read_log
-from common.search import CandidateFailed, Search, SearchSettings
+from common.search import CandidateFailed, Search, SearchSettings, measured_sensitivity
 from common.search.executor import LocalExecutor
 from common.search.ray_executor import RaySettings
 
@@ -91,6 +91,12 @@ def test_workers_that_are_killed_cost_no_record_and_no_duplicate(
     assert without_time(records) == without_time(local)
     logged = [record["trial"] for record in read_log(tmp_path / "run.log").candidates]
     assert logged == [record["trial"] for record in local]
+
+
+def test_sensitivities_are_those_of_this_process(workers, local, factors, menus, calibration):
+    here = measured_sensitivity(factors, menus, calibration[:32], anchors=2, progress=False)
+    spread = workers(2).divergences
+    assert measured_sensitivity(factors, menus, calibration[:32], anchors=2, progress=False, spread=spread) == here
 
 
 class Failing:

@@ -1,0 +1,40 @@
+"""Runtimes and precisions: a row each, both sides, with the accuracy beside the time."""
+
+import json
+
+import pytest
+
+from benchmarks import runtimes
+from common.compress import factorize
+from common.models import build_model, save_checkpoint, save_compressed
+from common.ranks import uniform
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runtimes")
+    dense = build_model("resnet18", 10, seed=0).eval()
+    factors = factorize(dense, input_shape=(3, 32, 32))
+    config = uniform(factors, 0.2)
+    save_checkpoint(dense, folder / "dense.safetensors", architecture="resnet18", classes=list("0123456789"))
+    options = {"architecture": "resnet18", "num_classes": 10, "image_size": 32, "config": config}
+    save_compressed(factors.compress(config), folder / "small.safetensors", **options)
+    return folder
+
+
+def test_each_way_is_a_row_with_both_sides(files, capsys):
+    ways = ["onnxruntime float32", "openvino float32", "openvino int8"]
+    given = ["--dense", str(files / "dense.safetensors"), "--compressed", str(files / "small.safetensors")]
+    given += ["--data", "digits", "--image-size", "32", "--batches", "2", "--ways", *ways, "--rounds", "2"]
+    assert runtimes.main([*given, "--test-images", "20", "--out", str(files / "out")]) == 0
+    content = json.loads((files / "out" / "runtimes.json").read_text())
+    assert [row["way"] for row in content["rows"]] == ways
+    for row in content["rows"]:
+        assert row["dense"]["median"] > 0 < row["compressed"]["median"]
+        assert 0 <= row["accuracy"]["compressed"] <= 1
+    assert content["sizes"]["compressed"]["flops"] < 0.25 * content["sizes"]["dense"]["flops"]
+    text = (files / "out" / "runtimes.md").read_text()
+    best = min(row["dense"]["median"] for row in content["rows"][:2])
+    assert f"{best / content['rows'][2]['compressed']['median']:.2f}x" in text
+    assert runtimes.main(["--dense", "missing.safetensors", *given[2:]]) == 2
+    assert "no checkpoint at missing.safetensors" in capsys.readouterr().err
