@@ -144,8 +144,29 @@ def table(content: Mapping[str, Any]) -> str:
         f"{content['rounds']} interleaved rounds, both sides folded and with plans chosen by measurement in float32.",
         f"Load average before the timings at most {max(row['load_average'] for row in content['rows']):.1f}.",
     ]
+    notes += _best_of_both(content["rows"])
     text = tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
     return text + "\n\n" + "\n".join(f"- {note}" for note in notes)
+
+
+def _best_of_both(rows: list[dict[str, Any]]) -> list[str]:
+    """Per batch size, each side in the runtime that suits it best, by precision."""
+    notes = []
+    for batch in dict.fromkeys(row["batch"] for row in rows):
+        best: dict[tuple[str, str], float] = {}
+        for row in rows:
+            if row["batch"] == batch:
+                for side in SIDES:
+                    key = side, row["way"].split()[1]
+                    best[key] = min(best.get(key, float("inf")), row[side]["median"])
+        pairs = [
+            f"{ours} against the dense network's {theirs} {best['dense', theirs] / best['compressed', ours]:.2f}x"
+            for ours, theirs in (("float32", "float32"), ("int8", "float32"), ("int8", "int8"))
+            if ("compressed", ours) in best and ("dense", theirs) in best
+        ]
+        if pairs:
+            notes.append(f"Batch {batch}, each side in its fastest runtime: {', '.join(pairs)}.")
+    return notes
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -118,8 +118,8 @@ class RayExecutor:
             "num_gpus": settings.gpus if on_gpu else 0,
         }
         actor = ray.remote(Worker).options(**options)
-        shared = ray.put(screener)
-        self._actors = [actor.remote(shared, self.threads) for _ in range(self.workers)]
+        self._shared = ray.put(screener)  # kept here: a worker that is started again asks for it again
+        self._actors = [actor.remote(self._shared, self.threads) for _ in range(self.workers)]
 
     def screen_all(self, configs: Sequence[Configuration]) -> Iterator[tuple[int, dict[str, Any]]]:
         pool = importlib.import_module("ray.util").ActorPool(self._actors)
