@@ -42,7 +42,7 @@ def local(screener, menus, sensitivity):
 
 @pytest.fixture(scope="module")
 def cluster():
-    os.environ["RAY_worker_niceness"] = "0"  # beside other tests, workers of the usual niceness would hardly run
+    os.environ.update(RAY_worker_niceness="0")  # beside other tests, workers of the usual niceness would hardly run
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
     yield
     ray.shutdown()
