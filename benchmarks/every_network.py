@@ -120,12 +120,17 @@ def checked(name: str, size: int) -> dict[str, Any]:
     }
 
 
-def known_rows(path: Path, size: int, found_by: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of an earlier run of just this code, size and these versions; else none."""
+def known_rows(path: Path, size: int, found_by: dict[str, Any], *, keep: bool) -> list[dict[str, Any]]:
+    """The rows of an earlier run of just this code, size and these versions; else none.
+
+    keep: of any revision, but for those that were not reproduced.
+    """
     if not path.exists():
         return []
     try:
         content = json.loads(path.read_text())
+        if keep and content["size"] == size:
+            return [row for row in content["rows"] if row.get("difference", 1.0) < LARGEST_DIFFERENCE]
         same = all(content["provenance"][key] == found_by[key] for key in ("git_revision", "versions"))
         clean = not found_by["git_revision"].endswith("-dirty")
         return content["rows"] if same and clean and content["size"] == size else []
@@ -144,13 +149,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--size", type=int, default=64, metavar="PIXELS", help="of torchvision's; timm's have their own"
     )
+    parser.add_argument("--keep", action="store_true", help="rows of earlier revisions, where they were reproduced")
     parser.add_argument("--out", type=Path, default=Path("results"))
     options = parser.parse_args(arguments)
     found_by = provenance("cpu", 0)
     target = options.out / "every-network.json"
     try:
         names = options.models or names_of(options.collection, options.largest)
-        rows = [row for row in known_rows(target, options.size, found_by) if row["network"] in names]
+        rows = [row for row in known_rows(target, options.size, found_by, keep=options.keep) if row["network"] in names]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -158,6 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in tqdm([name for name in names if name not in done], unit="network"):
         try:
             rows.append(checked(name, options.size))
+            rows[-1]["revision"] = found_by["git_revision"]
         except Exception as error:  # whatever a network of somebody's raises is its row
             rows.append({"network": name, "error": first_line(error)[:160]})
         content = {"size": options.size, "rows": rows, "provenance": found_by}
@@ -180,7 +187,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     good = [row for row in rows if row.get("difference", 1.0) < LARGEST_DIFFERENCE]
     of_timm = sum(row["network"].startswith("timm:") for row in good)
     summary = f"Reproduced to {LARGEST_DIFFERENCE:g}: {len(good) - of_timm} of torchvision's, {of_timm} of timm's; "
-    return tabulate(lines, headers=headers, tablefmt="github") + f"\n\n{summary}{len(rows) - len(good)} not."
+    counted = Counter(row["revision"] for row in rows if "revision" in row)
+    by = ", ".join(f"{count} at {revision}" for revision, count in counted.items())
+    text = tabulate(lines, headers=headers, tablefmt="github")
+    return f"{text}\n\n{summary}{len(rows) - len(good)} not. Rows by revision: {by}."
 
 
 def _reasons(counted: dict[str, int]) -> str:

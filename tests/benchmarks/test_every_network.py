@@ -34,9 +34,19 @@ def test_a_stopped_run_goes_on_and_other_settings_begin_again(tmp_path, monkeypa
         every_network.main(given)
     assert every_network.main(given) == 0
     assert tried == [("resnet18", 32), ("timm:resnet18", 32), ("timm:resnet18", 32)]
-    assert "1 of torchvision's, 1 of timm's; 0 not" in (tmp_path / "every-network.md").read_text()
+    assert (
+        "1 of torchvision's, 1 of timm's; 0 not. Rows by revision: 2 at abc."
+        in (tmp_path / "every-network.md").read_text()
+    )
     every_network.main(["48" if word == "32" else word for word in given])
     assert tried[3:] == [("resnet18", 48), ("timm:resnet18", 48)]
+    monkeypatch.setattr(every_network, "provenance", lambda *_: {"git_revision": "def", "versions": {}})
+    every_network.main([*given, "--keep"])  # the file is of size 48 by now: nothing to keep
+    assert tried[5:] == [("resnet18", 32), ("timm:resnet18", 32)]
+    monkeypatch.setattr(every_network, "provenance", lambda *_: {"git_revision": "ghi", "versions": {}})
+    every_network.main([*given, "--keep"])
+    assert len(tried) == 7
+    assert "Rows by revision: 2 at def." in (tmp_path / "every-network.md").read_text()
 
 
 def test_a_damaged_table_is_an_error_that_names_it(tmp_path, capsys):
