@@ -210,6 +210,27 @@ def against_published(runs: Sequence[Run], published: Mapping[str, Any]) -> str:
     return f"{table}\n\n{published['source']} {rule}"
 
 
+def published_on_cifar10(published: Mapping[str, Any]) -> str:
+    """What others publish for CIFAR-10's residual networks, as they state it."""
+
+    def share(value: float | None) -> str:
+        return "-" if value is None else f"-{value:.1%}"
+
+    rows = [
+        [
+            one["network"],
+            one["method"],
+            share(one.get("flops_removed")),
+            share(one.get("params_removed")),
+            f"{one['points_lost']:.2f}",
+            "not stated here" if one["epochs"] is None else one["epochs"],
+        ]
+        for one in published["cifar10"]
+    ]
+    heads = ["network", "method", "FLOPs", "parameters", "points lost", "epochs"]
+    return tabulate(rows, headers=heads, tablefmt="github", disable_numparse=True)
+
+
 def seeds(runs: Sequence[Run]) -> str:
     """Where a setting was run with several seeds: the smallest accepted candidate of each seed, and the spread."""
     rows = []

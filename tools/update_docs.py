@@ -64,6 +64,11 @@ def sections(results: Path) -> Mapping[str, Callable[[], str]]:
     files |= {f"ablation-{folder.name}": folder / "ablation.md" for folder in compared}
     files |= {folder.name: folder / "latency.md" for folder in sorted(results.glob("latency-*"))}
     files["published-networks"] = results / "published-networks" / "table.md"
+    files |= {name: results / f"{name}.md" for name in ("other-tasks", "every-network")}
+    series = {
+        "own-networks": sorted((results / "own-networks").glob("*.md")),
+        "runtimes": sorted(results.glob("runtimes-*/runtimes.md")),
+    }
     largest = documents.largest(runs)
     smaller = [run for run in runs if run not in largest]
     rules = {f"fine-tuned-{folder.name}": folder / "rows.json" for folder in compared}
@@ -74,6 +79,7 @@ def sections(results: Path) -> Mapping[str, Callable[[], str]]:
         "headline-loose": lambda: documents.headline(largest, documents.LOOSE),
         "headline-smaller": lambda: documents.headline(smaller, documents.STRICT),
         "published": lambda: documents.against_published(runs, published),
+        "published-cifar10": lambda: documents.published_on_cifar10(published),
         "origin": lambda: documents.origin(runs),
         "seeds": lambda: documents.seeds(runs),
         "search-costs": lambda: documents.search_costs(runs, published),
@@ -81,7 +87,12 @@ def sections(results: Path) -> Mapping[str, Callable[[], str]]:
         "reliability": lambda: documents.reliability(documents.read_json(results / "reliability.json")),
         "factorisation": lambda: documents.factorisation(documents.read_json(results / "factorize_speed.json")),
         **{name: partial(path.read_text, encoding="utf-8") for name, path in files.items()},
+        **{name: partial(_in_a_row, paths) for name, paths in series.items()},
     }
+
+
+def _in_a_row(paths: Sequence[Path]) -> str:
+    return "\n\n".join(path.read_text(encoding="utf-8").strip() for path in paths) + "\n"
 
 
 def _fine_tuned(path: Path) -> str:
