@@ -9,6 +9,7 @@ import torch
 from common import notebook
 from common.configuration import Configuration
 from common.cost import count_flops, count_params
+from common.deployed_set import DeployedSet
 from common.ranks import uniform
 from common.run import Run
 from common.search import Policy, Screening
@@ -36,8 +37,8 @@ def finished(factors):
     costs = {"params": factors.params(config), "flops": factors.flops(config)}
     done = {"trial": "0.5-1", "config": config, "status": "fine-tuned", "accuracy": 0.8, "accepted": True, **costs}
     failed = {"trial": "0.5-2", "config": config, "status": "failed", "reason": "NaN"}
-    speedups = {"dense": 1.0, "0.5-1": 3.0}
-    deployed = SimpleNamespace(seconds={"dense": 0.03, "0.5-1": 0.01}, speedup=speedups.get)
+    seconds = {"dense": 0.03, "0.5-1": 0.01}
+    deployed = DeployedSet(dict.fromkeys(seconds), seconds, 16)
     return SimpleNamespace(
         factorize=lambda: factors,
         deploy=lambda: deployed,
@@ -54,7 +55,7 @@ def test_the_summary_says_what_was_saved_and_not_what_was_kept(finished, factors
     assert done["parameters saved"] == pytest.approx(1 - count_params(model) / factors.dense_params)
     assert done["FLOPs saved"] == pytest.approx(1 - count_flops(model, (3, 16, 16)) / factors.dense_flops)
     assert done["parameters saved"] > 0.2
-    assert (done["ms per batch"], done["speed-up"], done["test accuracy"]) == (10, 3.0, 0.8)
+    assert (done["ms per batch"], done["speed-up"], done["test accuracy"]) == (10, pytest.approx(3.0), 0.8)
     assert failed == {"network": "0.5-2", "failed": "NaN"}
 
 
