@@ -36,8 +36,8 @@ row: $(STAMP)  ## ResNet18 on Fashion-MNIST in the README's tables: 32 px, from 
 	$(BIN)/python analyze_results.py logs/row/*.log --out logs/row --tolerance 0.005
 
 test: $(STAMP)  ## run the tests in two processes of one thread each: more threads than cores fight
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not ray"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not apart"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m apart
 
 reliability: $(STAMP)  ## damage files and kill runs, ten minutes; the counts go into docs/reliability.md
 	$(BIN)/python tools/reliability.py

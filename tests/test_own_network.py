@@ -331,6 +331,7 @@ def test_our_own_splits_are_shuffled_batched_and_augmented(trained, tmp_path, au
         assert not torch.equal(places, torch.arange(96))
 
 
+@pytest.mark.apart
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_both_sides_are_measured_in_int8_too(trained, loaders, tmp_path, runtime):
     given = {"budgets": (0.6,), "epochs": 0, "tolerance": 0.99, "runtime": runtime}
@@ -354,7 +355,7 @@ def test_int8_in_a_runtime_without_it_is_refused_at_once(trained, loaders, tmp_p
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.ray
+@pytest.mark.apart
 def test_a_run_on_rays_workers_is_the_run_of_this_process(finished, trained, loaders, tmp_path, monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.setenv("RAY_worker_niceness", "0")

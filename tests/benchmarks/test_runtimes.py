@@ -10,6 +10,9 @@ from common.models import build_model, save_checkpoint, save_compressed
 from common.ranks import uniform
 
 
+pytestmark = pytest.mark.apart
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runtimes")

@@ -18,6 +18,8 @@ from common.deploy.runtimes import Target
 from common.ranks import uniform
 from tests.helpers import fitted, loaders_of
 
+pytestmark = pytest.mark.apart
+
 RUNTIMES = ("onnxruntime", "openvino")
 
 

@@ -17,7 +17,7 @@ from common.search.ray_executor import RaySettings
 ray = pytest.importorskip("ray")
 from common.search.ray_executor import RayExecutor  # noqa: E402
 
-pytestmark = pytest.mark.ray
+pytestmark = pytest.mark.apart
 
 SETTINGS = SearchSettings(budgets=(0.5, 0.3), candidates=8, generation=4, seed=3)
 
