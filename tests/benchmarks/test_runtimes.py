@@ -9,7 +9,6 @@ from common.compress import factorize
 from common.models import build_model, save_checkpoint, save_compressed
 from common.ranks import uniform
 
-
 pytestmark = pytest.mark.apart
 
 
