@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +15,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from .splits import ImageFormat, Split
 
 MEMORY_LIMIT = 2 * 2**30
 """Bytes of decoded images above which a split stays on disk."""
+
+BATCHES_AHEAD = 2
+"""Batches of a split on disk that are decoded while one is in use."""
 
 HASHED_FILES = 256
 """Files whose bytes enter the digest of a split on disk, spread evenly over it; of the others, names and sizes."""
@@ -51,7 +54,7 @@ class FolderSource:
 
 
 class StreamedSplit(Split):
-    """A split that stays on disk: same order, same batches as one in memory, decoded by worker processes."""
+    """A split that stays on disk: same order, same batches as one in memory, decoded ahead by a few threads."""
 
     def __init__(self, decoder: _Decoder, labels: Tensor, image_format: ImageFormat):
         super().__init__(torch.empty(0, dtype=torch.uint8), labels, image_format)
@@ -65,15 +68,23 @@ class StreamedSplit(Split):
             digest.update(path.read_bytes())
 
     def _raw_batches(self, chunks: list[Tensor]) -> Iterator[Tensor]:
-        loader = DataLoader(
-            self._decoder,
-            batch_sampler=[chunk.tolist() for chunk in chunks],
-            num_workers=_workers(sum(len(chunk) for chunk in chunks)),
-            pin_memory=self.device.type == "cuda",
-            generator=_own_generator(),
-        )
-        for images in loader:
-            yield images.to(self.device, non_blocking=True)
+        # Threads, as Pillow decodes without the interpreter's lock: some runtimes' own threads do not survive a fork.
+        pool = ThreadPoolExecutor(max(1, _workers(sum(len(chunk) for chunk in chunks))))
+        waiting: deque[list[Future[Tensor]]] = deque()
+        try:
+            for chunk in chunks:
+                waiting.append([pool.submit(self._decoder.__getitem__, row) for row in chunk.tolist()])
+                if len(waiting) > BATCHES_AHEAD:
+                    yield self._stacked(waiting.popleft())
+            while waiting:
+                yield self._stacked(waiting.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _stacked(self, decoding: list[Future[Tensor]]) -> Tensor:
+        images = torch.stack([one.result() for one in decoding])
+        images = images.pin_memory() if self.device.type == "cuda" else images
+        return images.to(self.device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -166,10 +177,5 @@ def _is_image(file: Path, folder: Path) -> bool:
 
 
 def _workers(count: int) -> int:
-    """Processes that decode: none for a handful of images, where starting them takes longer than the work."""
+    """Threads that decode: none of their own for a handful of images, where one is enough."""
     return 0 if count < 256 else min(8, os.cpu_count() or 1)
-
-
-def _own_generator() -> torch.Generator:
-    """A generator for DataLoader, which would otherwise draw from torch's global one and so change later draws."""
-    return torch.Generator().manual_seed(0)

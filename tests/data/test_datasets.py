@@ -419,3 +419,15 @@ def test_an_image_without_a_known_range_or_too_large_is_named(tmp_path, monkeypa
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(ValueError, match=r"\.png is not a readable image"):
         load(f"folder:{tmp_path}", image_size=8, val_fraction=0.25)
+
+
+def test_a_folder_on_disk_is_read_without_a_fork(monkeypatch, image_folder):
+    """The threads of OpenVINO, for one, do not survive it: the process would end without a word."""
+    monkeypatch.setattr(folder_data, "_workers", lambda count: 2)
+    monkeypatch.setattr(os, "fork", lambda: pytest.fail("a fork"))
+    split = load(f"folder:{image_folder}", image_size=16, memory_limit=1).train
+    assert isinstance(split, folder_data.StreamedSplit)
+    batches = split.batches(2)
+    next(batches)
+    batches.close()  # what is decoded ahead is given up
+    assert sum(len(batch.images) for batch in split.batches(2)) == len(split)
