@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -29,9 +30,14 @@ def provenance(device: str | torch.device, seed: int) -> dict:
 
 
 def command() -> str:
-    """The command line of this process; a notebook's kernel has none that anyone could give again."""
+    """The command line of this process; a notebook's kernel has none that anyone could give again.
+
+    Of a path from the root on, only its last name is kept: where a file lay on one machine helps nobody on another.
+    """
     name = Path(sys.argv[0]).name
-    return "notebook" if name.startswith("ipykernel") else shlex.join([name, *sys.argv[1:]])
+    if name.startswith("ipykernel"):
+        return "notebook"
+    return shlex.join([name, *(re.sub(r"(^|[=:])/(?:[^/]*/)*", r"\1", word) for word in sys.argv[1:])])
 
 
 def cpu_model() -> str:

@@ -32,7 +32,7 @@ from common.finetune import (
 from common.finetune.baselines import checkpoint_path
 from common.models import load_checkpoint
 from common.modules import evaluating, evaluation_batch
-from common.provenance import provenance
+from common.provenance import command, provenance
 from finetuned.finetune_models import main
 
 SETTINGS = TrainSettings(epochs=3, batch_size=64, learning_rate=0.05, seed=1)
@@ -472,3 +472,9 @@ def test_provenance_can_be_written_as_json():
     assert found["versions"]["torch"]
     assert found["machine"]
     assert os.sep not in found["command"].split()[0]
+
+
+def test_the_command_says_what_was_asked_and_not_where_files_lay(monkeypatch):
+    words = ["/a/b/run.py", "--data", "folder:/c/d/images", "--out=/e/small", "-x", "logs/here", "/f/g.th", "0.5"]
+    monkeypatch.setattr("sys.argv", words)
+    assert command() == "run.py --data folder:images --out=small -x logs/here g.th 0.5"
