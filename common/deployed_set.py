@@ -43,19 +43,26 @@ class DeployedSet:
 
 
 def deploy_all(
-    networks: Mapping[str, nn.Module],
+    networks: Mapping[str, nn.Module | Deployed],
     example: Inputs,
     runtime: str,
     *,
     int8: Inputs | None = None,
     score: Callable[[nn.Module], float | None] | None = None,
 ) -> DeployedSet:
-    """Deploy networks by name, and time them in turns; with `int8` (calibration images) each in int8 as well."""
-    models = {name: deploy(network, example, runtime=runtime) for name, network in networks.items()}
+    """Deploy networks by name, and time them in turns; with `int8` (calibration images) each in int8 as well.
+
+    What is deployed already, for just this example and runtime, is taken as it is.
+    """
+    models = {
+        name: network if isinstance(network, Deployed) else deploy(network, example, runtime=runtime)
+        for name, network in networks.items()
+    }
     scores: dict[str, float | None] = {}
     if int8 is not None:
-        for name, network in networks.items():
-            own = deploy(network, example, runtime=runtime, int8=first(int8, INT8_IMAGES))
+        for name in networks:
+            # Of what is deployed already: folded, and in the plans that were chosen.
+            own = deploy(models[name].model, example, runtime=runtime, int8=first(int8, INT8_IMAGES))
             models[name + IN_INT8] = own
             scores[name + IN_INT8] = score(AsModule(own)) if score is not None else None
     seconds = measure_latency({name: model.run for name, model in models.items()}, example)

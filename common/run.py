@@ -273,7 +273,7 @@ class Run(ABC):
         device = str(tree_leaves(self._example)[0].device)
         trained = {one.record["trial"]: one.load(device) for one in finalists if one.path is not None}
         int8 = self.draw_calibration() if self.settings.int8 else None
-        networks = {"dense": self.dense_model(), **trained}
+        networks = {"dense": self._deployed_dense(), **trained}
         found = deploy_all(networks, self._example, self._runtime, int8=int8, score=self.final_score)
         for finalist in finalists:
             self.solve_policies().log_once(self._timed(finalist, found.seconds))
@@ -349,7 +349,7 @@ class Run(ABC):
                 "speed-up": deployed.speedup(name),
             }
 
-        rows = [*rows_of("dense", factors.dense_params, factors.dense_flops, self.dense_score())]
+        rows = rows_of("dense", factors.dense_params, factors.dense_flops, self.dense_score())
         for finalist in self.finetune():
             record = finalist.record
             if finalist.path is None:

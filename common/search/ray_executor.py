@@ -84,7 +84,7 @@ class Worker:
 
 
 class RayExecutor:
-    """Screens on Ray's workers, which it starts at once and keeps until it is closed.
+    """Screens on Ray's workers, which it starts when there is something to do, and keeps until it is closed.
 
     Args:
         screener: what every worker gets a copy of.
@@ -92,11 +92,20 @@ class RayExecutor:
         most: candidates that are screened at a time, at most: no more workers than these.
 
     Raises:
-        ValueError: Ray is not installed, or there is no cluster at the address.
+        ValueError: Ray is not installed; when it starts, there is no cluster at the address.
     """
 
     def __init__(self, screener: Screener, settings: RaySettings, *, most: int) -> None:
-        self._ray = ray = ray_package()
+        self._ray = ray_package()
+        self._screener, self._settings, self._most = screener, settings, most
+        self._started = False
+        self._actors: list[Any] = []
+
+    def _workers(self) -> list[Any]:
+        """The actors, started if they are not there."""
+        if self._actors:
+            return self._actors
+        ray, screener, settings = self._ray, self._screener, self._settings
         self._started = not ray.is_initialized()
         if self._started:
             try:
@@ -106,8 +115,8 @@ class RayExecutor:
         on_gpu = tree_leaves(screener.targets.images)[0].device.type == "cuda"
         here = ray.cluster_resources()
         count = settings.workers or max(1, int(here.get("GPU", 1) / settings.gpus if on_gpu else here.get("CPU", 1)))
-        self.workers = max(1, min(count, most))
-        self.threads = settings.threads or max(1, int(here.get("CPU", 1)) // self.workers)
+        count = max(1, min(count, self._most))
+        threads = settings.threads or max(1, int(here.get("CPU", 1)) // count)
         options: dict[str, Any] = {
             "max_restarts": -1,
             "max_task_retries": RETRIES,
@@ -119,10 +128,13 @@ class RayExecutor:
         }
         actor = ray.remote(Worker).options(**options)
         self._shared = ray.put(screener)  # kept here: a worker that is started again asks for it again
-        self._actors = [actor.remote(self._shared, self.threads) for _ in range(self.workers)]
+        self._actors = [actor.remote(self._shared, threads) for _ in range(count)]
+        return self._actors
 
     def screen_all(self, configs: Sequence[Configuration]) -> Iterator[tuple[int, dict[str, Any]]]:
-        pool = importlib.import_module("ray.util").ActorPool(self._actors)
+        if not configs:
+            return
+        pool = importlib.import_module("ray.util").ActorPool(self._workers())
         for place, config in enumerate(configs):
             pool.submit(lambda actor, item: actor.screen.remote(*item), (place, str(config)))
         missing, reason = set(range(len(configs))), ""
@@ -145,20 +157,25 @@ class RayExecutor:
 
         images: how many of them, by their number alone: the workers have them.
         """
-        names, count = list(menus), min(self.workers, len(menus))
+        names, actors = list(menus), self._workers()[: len(menus)]
         # Every n-th layer to a worker, since what lies behind a layer is what it costs.
-        parts = [{name: menus[name] for name in names[start::count]} for start in range(count)]
+        parts = [{name: menus[name] for name in names[start :: len(actors)]} for start in range(len(actors))]
         found = self._ray.get(
             [
                 actor.divergences.remote(part, length(images), kind, anchors)
-                for actor, part in zip(self._actors, parts, strict=False)
+                for actor, part in zip(actors, parts, strict=True)
             ]
         )
         return {name: values for part in found for name, values in part.items()}
 
+    @property
+    def workers(self) -> int:
+        """How many there are."""
+        return len(self._workers())
+
     def processes(self) -> list[int]:
         """The workers' process numbers; waits until all of them run."""
-        return self._ray.get([actor.process.remote() for actor in self._actors])
+        return self._ray.get([actor.process.remote() for actor in self._workers()])
 
     def close(self) -> None:
         """Let go of the workers, and of the cluster if this executor started it."""

@@ -175,18 +175,22 @@ class Search:
         known = [restored(trial.user_attrs["record"]) for trial in trials if "record" in trial.user_attrs]
         results: dict[Configuration, Record] = {record["config"]: record for record in (*known, *earlier)}
         wanted = list(dict.fromkeys(head["config"] for head in heads if head["config"] not in results))
-        for place, found in self._executor.screen_all(wanted):
-            config = wanted[place]
-            results[config] = found
+
+        def note(config: Configuration) -> None:
             for trial, head in zip(trials, heads, strict=True):
-                if head["config"] == config:  # on disk at once, though it is not yet its turn to be told
-                    _note(study, trial, {**found, **head})
+                if head["config"] == config:
+                    _note(study, trial, {**results[config], **head})
+
+        for config in results.keys() & {head["config"] for head in heads}:
+            note(config)
+        for place, found in self._executor.screen_all(wanted):
+            results[wanted[place]] = found
+            note(wanted[place])  # on disk at once, though it is not yet its turn to be told
             bar.update()
             bar.set_postfix_str(_best_so_far(list(results.values()), budget))
         bar.update(len(heads) - len(wanted))
         records = [{**results[head["config"]], **head} for head in heads]
         for trial, record in zip(trials, records, strict=True):
-            _note(study, trial, record)
             self._tell(study, trial.number, record)
             self.log_once(record)
         return records

@@ -102,6 +102,13 @@ def test_sensitivities_are_those_of_this_process(workers, local, factors, menus,
     assert measured_sensitivity(factors, menus, calibration[:32], anchors=2, progress=False, spread=spread) == here
 
 
+def test_nothing_is_started_for_a_search_that_is_finished(cluster, screener):
+    executor = RayExecutor(screener, RaySettings(workers=2, threads=1), most=4)
+    assert list(executor.screen_all([])) == []
+    assert executor._actors == []
+    executor.close()
+
+
 class Failing:
     """Fails where a configuration has an odd number of parameters, and errs where it is told to."""
 
