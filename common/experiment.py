@@ -93,9 +93,11 @@ class Experiment(Run):
         s, dataset, promoted, log = self.settings, self.load_data(), self.promote(), self.open_log()
         training = s.finetune_recipe(len(dataset.train))
         settings = FinetuneSettings(training, s.model, self.dense_score(), tolerance=s.tolerance)
-        finalists = finetune_promoted(
-            promoted, self.make_screener(), dataset, settings, s.state_folder, log, progress=self.progress
-        )
+        screener, folder = self.make_screener(), s.state_folder
+        with self._workers() as workers:
+            finalists = finetune_promoted(
+                promoted, screener, dataset, settings, folder, log, executor=workers, progress=self.progress
+            )
         log.header({"search_seconds": self.search_seconds()})
         return finalists
 

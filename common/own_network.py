@@ -24,10 +24,11 @@ from .checked import check_fields, from_text
 from .compress import choose_layers, trace_layers
 from .deployed_set import INT8_IMAGES
 from .finetune import TrainSettings
-from .inputs import Inputs, first, length, like_model, pairs_of, run, sample
+from .inputs import Inputs, first, like_model, sample
+from .judge import Judge, Validation
 from .knee import budget_of_speedup, seek
 from .knobs import SearchKnobs
-from .modules import evaluating, unwrapped
+from .modules import unwrapped
 from .reports import plots
 from .run import Run, step
 from .search import (
@@ -39,10 +40,8 @@ from .search import (
     Policy,
     Screener,
     Search,
-    accuracy,
     configuration,
     finetune_with,
-    kind_for,
 )
 from .take_home import Small
 
@@ -136,7 +135,7 @@ def compress_network(
         details: kept in the files, such as {"classes": [...], "mean": [...], "std": [...]}.
         knobs: others of `NetworkSettings`: cost, candidates, sampler, sensitivity, promote, tolerance, learning_rate,
             distill_weight, augment (of our own splits; others are the loader's affair), latency_batch, runtime, int8,
-            generation, executor, address, workers, seed, layers.
+            generation, executor, address, workers, storage, seed, layers.
 
     Returns:
         the finished run: its table, its best network, its log.
@@ -312,28 +311,20 @@ class NetworkRun(Run):
 
     def _validated(self, model: nn.Module) -> float | None:
         """The task's own score, or accuracy on all of validation; None where there is neither."""
-        return self.final_score(model) if self.task.evaluate is not None else top1(model, self.task.val)
+        return Judge(self.task.val, self.task.evaluate)(model)
 
     def final_score(self, model: nn.Module) -> float | None:
-        if self.task.evaluate is not None:
-            with evaluating(model):
-                found = self.task.evaluate(model)
-            try:
-                return float(found)
-            except (TypeError, ValueError, RuntimeError):
-                raise ValueError(f"evaluate must return a number, higher is better; got {found!r}") from None
-        return top1(model, self.task.val if self.task.test is None else self.task.test)
+        return self._final_judge(model)
+
+    @property
+    def _final_judge(self) -> Judge:
+        return Judge(self.task.val if self.task.test is None else self.task.test, self.task.evaluate)
 
     @step
     def finetune(self) -> list[Finalist]:
         """The promoted candidates, fine-tuned, with their final score; and the failed ones."""
         s, screener, promoted, log = self.settings, self.make_screener(), self.promote(), self.open_log()
         has_score = self.dense_score() is not None
-
-        def validate(model: nn.Module) -> float:
-            found = self._validated(model)
-            return -screener.distance(model) if found is None else found
-
         settings = TrainSettings(
             epochs=max(s.finetune_epochs, 1),
             learning_rate=s.learning_rate,
@@ -348,15 +339,18 @@ class NetworkRun(Run):
             self.task.train,
             settings,
             screener.kind,
-            validate,
-            score=self.final_score if has_score else None,
+            Validation(Judge(self.task.val, self.task.evaluate), screener),
+            score=self._final_judge if has_score else None,
             loss=self.task.loss,
             details=self.task.details,
             **({} if self.task.finetune is None else {"finetune": self.task.finetune}),
         )
         trainer = trainer if s.finetune_epochs else replace(trainer, untrained=True)
         rule = AcceptanceRule(self.dense_score(), s.tolerance)
-        finalists = finetune_with(promoted, screener, trainer, rule, s.state_folder, log, progress=self.progress)
+        with self._workers() as workers:
+            finalists = finetune_with(
+                promoted, screener, trainer, rule, s.state_folder, log, executor=workers, progress=self.progress
+            )
         log.header({"search_seconds": self.search_seconds()})
         return finalists
 
@@ -372,21 +366,3 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-def top1(model: nn.Module, data: Any) -> float | None:
-    """Share of class numbers that the network gets right on everything that yields (inputs, targets).
-
-    None where outputs and targets are not logits and class numbers.
-    """
-    right, asked = 0, 0
-    with evaluating(model), torch.no_grad():
-        for inputs, targets in pairs_of(data, "val"):
-            if not length(inputs):
-                continue
-            output = run(model, like_model(inputs, model))
-            if kind_for(output, targets) != "kl":
-                return None
-            found, of = accuracy(output, targets)
-            right, asked = right + found, asked + of
-    return right / asked if asked else None

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import wraps
 from typing import Any, TypeVar
@@ -68,6 +68,7 @@ MAY_CHANGE = (
     "executor",
     "address",
     "workers",
+    "storage",
     "folder",
     "baselines",
     "data_root",
@@ -231,14 +232,23 @@ class Run(ABC):
 
     @step
     def _executor(self) -> Executor:
-        """Who screens: kept from one search to the next, and let go of when the run is closed."""
+        """Who screens and trains: started when there is something to do, and let go of when it is done."""
         s, screener = self.settings, self.make_screener()
         if s.executor == "local":
             return LocalExecutor(screener)
-        workers = RaySettings(address=s.address, workers=s.workers)
+        workers = RaySettings(address=s.address, workers=s.workers, storage=s.storage)
         executor = RayExecutor(screener, workers, most=min(s.generation, s.candidates))
         self._held.callback(executor.close)
         return executor
+
+    @contextmanager
+    def _workers(self) -> Iterator[Executor]:
+        """Who screens and trains; afterwards they are let go of: they would slow what comes next, and its timing."""
+        executor = self._executor()
+        try:
+            yield executor
+        finally:
+            executor.close()
 
     def use_budgets(self, budgets: tuple[float, ...]) -> None:
         """Go on with other budgets; what was done for those that stay is on disk, and not done again."""
@@ -249,11 +259,8 @@ class Run(ABC):
     @step
     def screen(self) -> list[Record]:
         """The record of every candidate, screened without training."""
-        try:
+        with self._workers():
             return self.solve_policies().run(progress=self.progress)
-        finally:
-            if "_executor" in self._done:  # workers would slow what comes next, and be timed with it
-                self._done.pop("_executor").close()
 
     def promote(self) -> list[Record]:
         """The best candidates of each budget."""

@@ -366,3 +366,4 @@ def test_a_run_on_rays_workers_is_the_run_of_this_process(finished, trained, loa
         for one in (run, finished[0])
     )
     assert ours == others
+    assert [one.record["status"] for one in run.finetune()] == ["fine-tuned"] * len(run.promote())

@@ -3,16 +3,9 @@
 from .clock import StepClock, search_seconds
 from .divergence import accuracy, kind_for
 from .executor import EXECUTORS, Executor, LocalExecutor
+from .finetuning import AcceptanceRule, Finalist, Finetuning
 from .policy import MenuCosts, Policy, configuration
-from .promotion import (
-    AcceptanceRule,
-    Finalist,
-    FinetuneSettings,
-    epoch_seconds,
-    finetune_promoted,
-    finetune_with,
-    promote,
-)
+from .promotion import FinetuneSettings, epoch_seconds, finetune_promoted, finetune_with, promote
 from .ray_executor import RayExecutor, RaySettings
 from .records import Record
 from .samplers import SAMPLERS, UPDATE_RATE, make_sampler, search_space, within_budget
@@ -33,6 +26,7 @@ __all__ = [
     "Executor",
     "Finalist",
     "FinetuneSettings",
+    "Finetuning",
     "LocalExecutor",
     "MenuCosts",
     "Policy",

@@ -7,10 +7,8 @@ Talwalkar, 2016). Every epoch and every result is on disk before the next one st
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +17,15 @@ from tqdm import tqdm
 
 from ..configuration import Configuration
 from ..data import Dataset
-from ..files import write_text
-from ..finetune import EpochRecord, TrainingDiverged, TrainSettings, evaluate, teacher_logits, train
+from ..finetune import EpochRecord, TrainSettings, evaluate, teacher_logits, train
 from ..models import load_compressed, save_compressed
-from ..modules import out_of_memory
-from ..reports import RunLog, is_accepted
-from .records import Record, restored, stored
+from ..reports import RunLog
+from .executor import Executor, LocalExecutor
+from .finetuning import EPOCHS_SUFFIX, AcceptanceRule, Finalist, Finetuning
+from .records import Record
 from .screening import Screener
 from .study import OBJECTIVES
 from .trainers import OnEpoch, Trainer
-
-_EPOCHS = ".epochs.json"
-
-
-@dataclass(frozen=True)
-class Finalist:
-    """A fine-tuned candidate: its record, as it will be logged, and where its network lies (None: it failed)."""
-
-    record: Record
-    path: Path | None
-    trainer: Trainer | None = field(repr=False, compare=False, default=None)
-
-    def load(self, device: str = "cpu") -> nn.Module:
-        """The network, in eval mode.
-
-        Raises:
-            ValueError: it failed, or its file is damaged.
-        """
-        if self.path is None:
-            raise ValueError(f"candidate {self.record['trial']} failed: {self.record['reason']}")
-        return load_compressed(self.path, device)[0] if self.trainer is None else self.trainer.load(self.path, device)
 
 
 @dataclass(frozen=True)
@@ -100,6 +77,7 @@ def finetune_promoted(
     folder: Path,
     log: RunLog,
     *,
+    executor: Executor | None = None,
     progress: bool = True,
 ) -> list[Finalist]:
     """Fine-tune on one of our data sets, distilling from the dense network; evaluate the survivors once on test.
@@ -110,18 +88,7 @@ def finetune_promoted(
     teacher = teacher_logits(screener.factors.model, dataset, folder) if plan.settings.distill_weight > 0 else None
     trainer = _SplitTrainer(dataset, plan, teacher)
     standard = AcceptanceRule(plan.baseline_accuracy, plan.tolerance)
-    return finetune_with(promoted, screener, trainer, standard, folder, log, progress=progress)
-
-
-@dataclass(frozen=True)
-class AcceptanceRule:
-    """The dense network's final score (None: there is no metric), and how much of it a candidate may lose."""
-
-    baseline: float | None
-    tolerance: float
-
-    def accepts(self, score: float | None) -> bool:
-        return self.baseline is not None and is_accepted(score, self.baseline, self.tolerance)
+    return finetune_with(promoted, screener, trainer, standard, folder, log, executor=executor, progress=progress)
 
 
 def finetune_with(
@@ -132,6 +99,7 @@ def finetune_with(
     folder: Path,
     log: RunLog,
     *,
+    executor: Executor | None = None,
     progress: bool = True,
 ) -> list[Finalist]:
     """Fine-tune with successive halving; give the survivors their final score.
@@ -140,40 +108,38 @@ def finetune_with(
 
     What the folder holds from an earlier, interrupted call is not done again. A candidate whose loss turns NaN or that
     does not fit into memory becomes a failed record, and the others go on.
+
+    executor: who trains; None: this process, one candidate after the other.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    common, executor = Finetuning(screener, trainer, standard, folder), executor or LocalExecutor(screener)
     running = {record["trial"]: record for record in promoted}
     results: dict[str, Finalist] = {}
     bar = tqdm(total=len(promoted) * trainer.epochs, desc="fine-tuning", unit="epoch", disable=not progress)
     with bar:
         for epoch in range(1, trainer.epochs + 1):
             scores = {}
-            for trial, record in running.items():
-                run = _Run(record, screener, trainer, standard, folder)
-                try:
-                    scores[trial] = run.until(epoch)
-                    if not math.isfinite(scores[trial]):
-                        raise TrainingDiverged(f"the validation score became {scores.pop(trial)} in epoch {epoch}")
-                except (TrainingDiverged, RuntimeError, MemoryError) as failure:
-                    reason = str(failure) if isinstance(failure, TrainingDiverged) else out_of_memory(failure)
-                    if reason is None:
-                        raise
-                    results[trial] = Finalist({**record, "status": "failed", "reason": reason}, None, trainer)
+            for trial, found in executor.finetune_all(common, list(running.values()), epoch):
+                if "failed" in found:
+                    results[trial] = common.failed(running[trial], found["failed"])
+                else:
+                    scores[trial] = found["score"]
                 bar.update()
                 bar.set_postfix_str(f"{trial}: validation {scores.get(trial, float('nan')):.4f}")
             kept = _survivors(running, scores, last=epoch == trainer.epochs)
-            for trial in set(scores) - set(kept):
+            for trial in sorted(set(scores) - set(kept)):
                 log.info(f"Gave up {trial} after epoch {epoch}: validation accuracy {scores[trial]:.4f}")
             bar.total -= (len(running) - len(kept)) * (trainer.epochs - epoch)
             running = {trial: running[trial] for trial in kept}
-    for record in running.values():
-        results[record["trial"]] = _Run(record, screener, trainer, standard, folder).finish()
+    for trial, found in executor.finetune_all(common, list(running.values()), None):
+        failure = found.get("failed")
+        results[trial] = common.failed(running[trial], failure) if failure else common.finished(running[trial])
     return [results[record["trial"]] for record in promoted if record["trial"] in results]
 
 
 def epoch_seconds(folder: Path) -> list[float]:
     """Wall time of every epoch of fine-tuning in this folder, those of candidates that were given up included."""
-    files = sorted(folder.glob(f"candidate-*{_EPOCHS}"))
+    files = sorted(folder.glob(f"candidate-*{EPOCHS_SUFFIX}"))
     return [one["seconds"] for path in files for one in json.loads(path.read_text())]
 
 
@@ -227,71 +193,6 @@ class _SplitTrainer:
 
     def load(self, path: Path, device: str) -> nn.Module:
         return load_compressed(path, device)[0]
-
-
-class _Run:
-    """One candidate's fine-tuning: where its files lie, and how far it has come."""
-
-    def __init__(
-        self, record: Record, screener: Screener, trainer: Trainer, standard: AcceptanceRule, folder: Path
-    ) -> None:
-        self.record, self.screener, self.trainer, self.standard = record, screener, trainer, standard
-        stem = re.sub(r"[^\w.-]+", "-", f"candidate-{record['trial']}")
-        self.checkpoint = folder / f"{stem}.unfinished.pt"
-        self.progress = folder / f"{stem}{_EPOCHS}"
-        self.result = folder / f"{stem}.json"
-        self.weights = folder / f"{stem}.safetensors"
-
-    def until(self, epoch: int) -> float:
-        """Train until `epoch` epochs are done, unless they are; validation score at that point."""
-        if epoch > len(self._epochs()):
-            self._train(epoch)
-        return self._epochs()[epoch - 1]["val_accuracy"]
-
-    def finish(self) -> Finalist:
-        """The result, read from the folder or made: the final score, the network saved."""
-        if not self.result.exists():
-            self._write_result()
-        return Finalist(restored(json.loads(self.result.read_text())), self.weights, self.trainer)
-
-    def _epochs(self) -> list[dict[str, float]]:
-        """What is known of each epoch so far, as `EpochRecord` has it."""
-        return json.loads(self.progress.read_text()) if self.progress.exists() else []
-
-    def _train(self, epoch: int) -> nn.Module:
-        """The network after at least `epoch` epochs, continued from its checkpoint."""
-
-        def on_epoch(done: EpochRecord) -> bool:
-            write_text(self.progress, json.dumps([*self._epochs()[: done.epoch - 1], asdict(done)]))
-            return done.epoch < epoch
-
-        model = self.screener.build(self.record["config"])
-        if not self.trainer.epochs:
-            return model
-        history = self.trainer.train(model, self.checkpoint, on_epoch)
-        # A kill between the checkpoint and the note of its epoch leaves the note behind; the history has both.
-        write_text(self.progress, json.dumps([asdict(one) for one in history]))
-        return model
-
-    def _write_result(self) -> None:
-        model, config = self._train(self.trainer.epochs), self.record["config"]
-        score, epochs = self.trainer.test(model), self._epochs()
-        # Without any metric, epochs were judged by the divergence, which is no accuracy.
-        judged = epochs[-1]["val_accuracy"] if epochs and self.standard.baseline is not None else None
-        record = {
-            **self.record,
-            "accuracy": score,
-            "accepted": self.standard.accepts(score),
-            "status": "fine-tuned",
-            "screened_accuracy": self.record["val_accuracy"],
-            "val_accuracy": self.record["val_accuracy"] if judged is None else judged,
-            "epochs": len(epochs),
-            "finetune_seconds": sum(one["seconds"] for one in epochs),
-            "finetune": dict(self.trainer.facts),
-        }
-        self.trainer.save(model, self.weights, config, {"accuracy": score, "trial": self.record["trial"]})
-        write_text(self.result, json.dumps(stored(record), indent=1))
-        self.checkpoint.unlink(missing_ok=True)
 
 
 def _survivors(running: Mapping[str, Record], scores: Mapping[str, float], *, last: bool) -> list[str]:

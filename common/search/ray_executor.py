@@ -1,15 +1,18 @@
-"""Screening on Ray's workers: on every GPU or processor of a machine, or of a cluster.
+"""Screening and fine-tuning on Ray's workers: on every GPU or processor of a machine, or of a cluster.
 
 Ray schedules, restarts workers that die and does again what they were at. A worker holds the factors and the images
-once; a candidate travels to it as the text of its configuration, and comes back as its record.
+once; a candidate travels to it as the text of its configuration, and comes back as its record. What is trained stays in
+files, so that another worker goes on from the last epoch.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
 
@@ -23,8 +26,11 @@ from ..inputs import Inputs, first, length
 from ..modules import first_line
 from ..ranks import Menus
 from .executor import screened
+from .finetuning import Finetuning, stem_of
+from .records import Record
 from .screening import Screener
 from .sensitivity import divergences
+from .storage import Storage
 
 RETRIES = 20
 """How often a candidate is begun again when its worker dies; then it is recorded as failed."""
@@ -40,15 +46,20 @@ class RaySettings:
         threads: of each worker; None: its share of the processors. Sums in another number of threads differ in their
             last digits: only workers of the same number come to the very same divergences.
         gpus: share of a GPU that a worker takes, where the network is on one.
+        storage: where what is trained is kept between the epochs, as a path or a URL of fsspec's; None: in the run's
+            folder, which all workers must see.
     """
 
     address: str | None = None
     workers: Annotated[int | None, Field(ge=1, le=100_000, description="a number of workers, at least 1")] = None
     threads: Annotated[int | None, Field(ge=1, le=1024, description="a number of threads, at least 1")] = None
     gpus: Annotated[float, Field(gt=0, le=64, description="a positive number of GPUs")] = 1.0
+    storage: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.storage is not None:
+            Storage(self.storage)
 
 
 def ray_package() -> ModuleType:
@@ -83,8 +94,38 @@ class Worker:
         return divergences(factors, menus, own, kind, anchors, progress=False)
 
 
+class TrainingWorker:
+    """What runs on a worker that fine-tunes: what all candidates have in common, and the threads that are its share."""
+
+    def __init__(self, common: Finetuning, storage: Storage | None, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._common, self._storage, self._own = common, storage, None
+        if storage is not None:
+            self._own = tempfile.TemporaryDirectory(prefix="htd-worker-")
+            self._common = replace(common, folder=Path(self._own.name))
+
+    def process(self) -> int:
+        return os.getpid()
+
+    def sees(self, name: str) -> bool:
+        return (self._common.folder / name).exists()
+
+    def until(self, record: Record, epoch: int | None) -> tuple[str, dict[str, Any]]:
+        if self._storage is None:
+            return record["trial"], self._common.until(record, epoch)
+        stem, folder = stem_of(record), self._common.folder
+        self._storage.fetch(stem, folder)
+        try:
+            found = self._common.until(record, epoch)
+            self._storage.send(stem, folder)
+        finally:
+            for path in folder.glob(f"{stem}.*"):
+                path.unlink()
+        return record["trial"], found
+
+
 class RayExecutor:
-    """Screens on Ray's workers, which it starts when there is something to do, and keeps until it is closed.
+    """Screens and trains on Ray's workers, which it starts when there is something to do, and keeps until it is closed.
 
     Args:
         screener: what every worker gets a copy of.
@@ -100,22 +141,29 @@ class RayExecutor:
         self._screener, self._settings, self._most = screener, settings, most
         self._started = False
         self._actors: list[Any] = []
+        self._trainers: list[Any] = []
+        self._shared: list[Any] = []  # kept here: a worker that is started again asks for it again
+        self._storage = None if settings.storage is None else Storage(settings.storage)
 
     def _workers(self) -> list[Any]:
-        """The actors, started if they are not there."""
-        if self._actors:
-            return self._actors
-        ray, screener, settings = self._ray, self._screener, self._settings
-        self._started = not ray.is_initialized()
-        if self._started:
+        """The actors that screen, started if they are not there."""
+        if not self._actors:
+            self._actors = self._start(Worker, self._screener, most=self._most)
+        return self._actors
+
+    def _start(self, kind: type, shared: Any, *others: Any, most: int) -> list[Any]:
+        """Actors of a kind, as many as the settings say and `most` allows; made from (shared, *others, threads)."""
+        ray, settings = self._ray, self._settings
+        if not ray.is_initialized():
             try:
                 ray.init(address=settings.address, log_to_driver=False, logging_level="error")
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise ValueError(f"no Ray cluster at {settings.address}: {first_line(error)}") from error
-        on_gpu = tree_leaves(screener.targets.images)[0].device.type == "cuda"
+            self._started = True
+        on_gpu = tree_leaves(self._screener.targets.images)[0].device.type == "cuda"
         here = ray.cluster_resources()
         count = settings.workers or max(1, int(here.get("GPU", 1) / settings.gpus if on_gpu else here.get("CPU", 1)))
-        count = max(1, min(count, self._most))
+        count = max(1, min(count, most))
         threads = settings.threads or max(1, int(here.get("CPU", 1)) // count)
         options: dict[str, Any] = {
             "max_restarts": -1,
@@ -126,31 +174,63 @@ class RayExecutor:
             "num_cpus": 0,
             "num_gpus": settings.gpus if on_gpu else 0,
         }
-        actor = ray.remote(Worker).options(**options)
-        self._shared = ray.put(screener)  # kept here: a worker that is started again asks for it again
-        self._actors = [actor.remote(self._shared, threads) for _ in range(count)]
-        return self._actors
+        self._shared.append(ray.put(shared))
+        actor = ray.remote(kind).options(**options)
+        return [actor.remote(self._shared[-1], *others, threads) for _ in range(count)]
 
-    def screen_all(self, configs: Sequence[Configuration]) -> Iterator[tuple[int, dict[str, Any]]]:
-        if not configs:
-            return
-        pool = importlib.import_module("ray.util").ActorPool(self._workers())
-        for place, config in enumerate(configs):
-            pool.submit(lambda actor, item: actor.screen.remote(*item), (place, str(config)))
-        missing, reason = set(range(len(configs))), ""
+    def _results(self, actors: list[Any], method: str, jobs: Sequence[tuple]) -> Iterator[tuple[Any, Any]]:
+        """(key, what the method returned) of each job, as they are done; then (None, why) if workers died too often."""
+        pool, reason = importlib.import_module("ray.util").ActorPool(actors), ""
+        for job in jobs:
+            pool.submit(lambda actor, item: getattr(actor, method).remote(*item), job)
         while pool.has_next():
             try:
-                place, found = pool.get_next_unordered()
+                yield pool.get_next_unordered()
             except self._ray.exceptions.RayTaskError:
                 raise  # an error of the network's or of somebody's measure, as it would come in this process
             except self._ray.exceptions.RayError as error:
                 reason = first_line(error)
+        if reason:
+            yield None, f"its worker died {RETRIES + 1} times: {reason}"
+
+    def screen_all(self, configs: Sequence[Configuration]) -> Iterator[tuple[int, dict[str, Any]]]:
+        if not configs:
+            return
+        missing = set(range(len(configs)))
+        jobs = [(place, str(config)) for place, config in enumerate(configs)]
+        for place, found in self._results(self._workers(), "screen", jobs):
+            if place is not None:
+                missing.discard(place)
+                yield place, found
                 continue
-            missing.discard(place)
-            yield place, found
-        for place in sorted(missing):
-            said = f"its worker died {RETRIES + 1} times: {reason}"
-            yield place, {"status": "failed", "reason": said, "stage": "screen"}
+            for lost in sorted(missing):
+                yield lost, {"status": "failed", "reason": found, "stage": "screen"}
+
+    def finetune_all(
+        self, common: Finetuning, records: Sequence[Record], epoch: int | None
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        if not records:
+            return
+        if not self._trainers:
+            shared = replace(common, folder=common.folder.resolve())
+            self._trainers = self._start(TrainingWorker, shared, self._storage, most=len(records))
+            if self._storage is None:
+                self._check_folder(common.folder)
+        missing = {record["trial"]: record for record in records}
+        for trial, found in self._results(self._trainers, "until", [(record, epoch) for record in records]):
+            if trial is None:
+                yield from ((lost, {"failed": found}) for lost in missing)
+                continue
+            if self._storage is not None:
+                self._storage.fetch(stem_of(missing[trial]), common.folder)
+            del missing[trial]
+            yield trial, found
+
+    def _check_folder(self, folder: Path) -> None:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".workers-see-") as mark:
+            seen = self._ray.get([actor.sees.remote(Path(mark.name).name) for actor in self._trainers])
+        if not all(seen):
+            raise ValueError(f"not all workers see {folder}: give storage=, a place that all of them can write to")
 
     def divergences(self, menus: Menus, images: Inputs, kind: str, anchors: int) -> dict[str, dict[int, float]]:
         """`common.search.sensitivity.divergences` of the first calibration images, the layers divided evenly.
@@ -174,13 +254,16 @@ class RayExecutor:
         return len(self._workers())
 
     def processes(self) -> list[int]:
-        """The workers' process numbers; waits until all of them run."""
-        return self._ray.get([actor.process.remote() for actor in self._workers()])
+        """The process numbers of the workers that there are; waits until all of them run."""
+        there = [*self._actors, *self._trainers] or self._workers()
+        return self._ray.get([actor.process.remote() for actor in there])
 
     def close(self) -> None:
         """Let go of the workers, and of the cluster if this executor started it."""
-        while self._actors:
-            self._ray.kill(self._actors.pop())
+        for actors in (self._actors, self._trainers):
+            while actors:
+                self._ray.kill(actors.pop())
+        self._shared.clear()
         if self._started:
             self._ray.shutdown()
             self._started = False

@@ -3,34 +3,11 @@
 import pytest
 import torch
 
-from common.configuration import Configuration
 from common.finetune import TrainingDiverged, TrainSettings, evaluation
-from common.ranks import uniform
 from common.reports import RunLog
 from common.search import FinetuneSettings, finetune_promoted, promotion
 
 PLAN = FinetuneSettings(TrainSettings(epochs=2, batch_size=64, learning_rate=0.01, distill_weight=0.5), "small", 0.9)
-
-
-@pytest.fixture
-def promoted(factors):
-    """Two candidates of one budget and one of another."""
-    rows = [("0.5-0", 0.5, 0.6), ("0.5-1", 0.5, 0.5), ("0.3-0", 0.3, 0.3)]
-    configs = [uniform(factors, fraction) for _, _, fraction in rows]
-    return [
-        {
-            "trial": trial,
-            "budget": budget,
-            "config": Configuration(config),
-            "params": factors.params(config),
-            "flops": factors.flops(config),
-            "val_accuracy": 0.5,
-            "divergence": 0.1,
-            "status": "screened",
-            "seed": 0,
-        }
-        for (trial, budget, _), config in zip(rows, configs, strict=True)
-    ]
 
 
 @pytest.fixture

@@ -42,27 +42,6 @@ def local(screener, menus, sensitivity):
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    os.environ.update(RAY_worker_niceness="0")  # beside other tests, workers of the usual niceness would hardly run
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture
-def workers(cluster, screener):
-    made = []
-
-    def make(number, of=screener):
-        made.append(RayExecutor(of, RaySettings(workers=number, threads=1), most=4))
-        return made[-1]
-
-    yield make
-    for executor in made:
-        executor.close()
-
-
 @pytest.mark.parametrize("number", [2, 4])
 def test_any_number_of_workers_comes_to_the_same_records(workers, local, screener, menus, sensitivity, number):
     executor = workers(number)
