@@ -17,7 +17,14 @@ from common.files import write_text
 from common.reports import load_runs
 from tools import documents
 
-DOCUMENTS = ("README.md", "results/README.md", "docs/method.md", "docs/notebooks.md", "docs/reliability.md")
+DOCUMENTS = (
+    "README.md",
+    "results/README.md",
+    "docs/method.md",
+    "docs/notebooks.md",
+    "docs/reliability.md",
+    "docs/scale.md",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,6 +72,7 @@ def sections(results: Path) -> Mapping[str, Callable[[], str]]:
     files |= {folder.name: folder / "latency.md" for folder in sorted(results.glob("latency-*"))}
     files["published-networks"] = results / "published-networks" / "table.md"
     files |= {name: results / f"{name}.md" for name in ("other-tasks", "every-network")}
+    files["scale"] = results / "scale" / "scale.md"
     series = {
         "own-networks": sorted((results / "own-networks").glob("*.md")),
         "runtimes": sorted(results.glob("runtimes-*/runtimes.md")),

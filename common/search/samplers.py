@@ -6,7 +6,7 @@ trials only. So a search that was killed proposes the same candidates when it go
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,8 @@ class PolicySampler(BaseSampler):
     ) -> None:
         self._prior, self._seen = policy, seen
         self._seed, self._number, self._update_rate = seed, number, update_rate
+        self._learnt: tuple[tuple, Policy] | None = None
+        self._keys: dict[int, tuple] = {}
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """The whole space: the layers are drawn together, since a sample must meet the budget."""
@@ -67,15 +69,24 @@ class PolicySampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        trials = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
+        return self.draw([t for t in study.get_trials(deepcopy=False) if t.number != trial.number])
+
+    def at(self, number: int, seen: int) -> PolicySampler:
+        """This sampler, for another candidate; what it knows of trials that do not change any more it keeps."""
+        self._number, self._seen = number, seen
+        return self
+
+    def draw(self, trials: Sequence[FrozenTrial]) -> dict[str, int]:
+        """The candidate's index into each layer's menu, after all these trials: told ones, and asked ones."""
         # A failure with a record is a result too; one without was cut off, and is to be proposed again.
         results = [t for t in trials if t.state == TrialState.COMPLETE or (t.state.is_finished() and _has_record(t))]
-        finished = [t for t in results[: self._seen] if t.state == TrialState.COMPLETE]
-        asked = [t for t in trials if t.state == TrialState.RUNNING and t.params.keys() == search_space.keys()]
-        tried = {_key(t.params) for t in (*results, *asked)}
         if self._number == 0:
             return self._prior.mode()
-        policy = self.policy(finished)
+        asked = [
+            t for t in trials if t.state == TrialState.RUNNING and t.params.keys() == self._prior.probabilities.keys()
+        ]
+        tried = {self._key(t) for t in (*results, *asked)}
+        policy = self._policy_after(results)
         generator = np.random.default_rng([self._seed, self._number])
         drawn = policy.sample(generator)
         for redraw in range(2 * REDRAWS):
@@ -84,6 +95,19 @@ class PolicySampler(BaseSampler):
             wider = (redraw - REDRAWS) // LOOSEN_EVERY + 1
             drawn = (policy if redraw < REDRAWS else policy.loosened(wider)).sample(generator)
         return drawn
+
+    def _policy_after(self, results: list[FrozenTrial]) -> Policy:
+        """The pdf after those results that may be seen: the same for a whole generation."""
+        seen = results[: self._seen]
+        last = (len(seen), seen[-1].number if seen else None)
+        if self._learnt is None or self._learnt[0] != last:
+            self._learnt = last, self.policy([t for t in seen if t.state == TrialState.COMPLETE])
+        return self._learnt[1]
+
+    def _key(self, trial: FrozenTrial) -> tuple[tuple[str, int], ...]:
+        if trial.number not in self._keys:
+            self._keys[trial.number] = _key(trial.params)
+        return self._keys[trial.number]
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution

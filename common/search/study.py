@@ -4,40 +4,37 @@ Candidates come in generations: those of one are all proposed before any of them
 told in their order. So every candidate follows from the seed, its number and the generations before its own, whoever
 screens them, how many at a time, and who was fast.
 
-A search lives in a folder: an Optuna study per budget in an SQLite file, the measured sensitivities, the promoted
+A search lives in a folder: an Optuna study per budget in a journal, the measured sensitivities, the promoted
 candidates' results. Every result is on disk as soon as it is there. So the same command after Ctrl-C or a kill goes on
 where it was and comes to the same candidates.
 """
 
 from __future__ import annotations
 
-import warnings
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import optuna
-from optuna.study import Study
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial
 from pydantic import Field
 from tqdm import tqdm
 
 from ..checked import check_fields
-from ..configuration import Configuration
 from ..ranks import CostMeasure, Menus
 from ..reports import RunLog, read_log
 from .executor import Executor, LocalExecutor
 from .policy import TEMPERATURE, MenuCosts, Policy, configuration
-from .records import Record, restored, stored
-from .samplers import SAMPLERS, UPDATE_RATE, make_sampler, search_space, within_budget
+from .records import Record, stored
+from .samplers import SAMPLERS, UPDATE_RATE, PolicySampler, make_sampler, search_space, within_budget
 from .screening import Screener
+from .trials import Notes, Trials, unique
 
 METRIC_NAMES = {"divergence": "minus divergence", "accuracy": "validation accuracy"}
 """What a study's values are called where people watch it."""
-
-SHOWN = ("params", "flops", "compression_rate", "val_accuracy", "divergence", "seconds", "status", "reason")
-"""Fields of a record that stand with its trial by themselves as well, for those who watch."""
 
 GENERATION = 8
 """Candidates that are proposed at a time: the policy learns from whole generations."""
@@ -126,27 +123,31 @@ class Search:
             )
             for budget in settings.budgets
         }
+        self._policy_samplers = {
+            budget: PolicySampler(policy, seed=settings.seed, number=0, update_rate=settings.update_rate)
+            for budget, policy in self.policies.items()
+        }
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._storage = _storage(folder)
+        self._notes = {
+            budget: Notes(None if folder is None else folder / f"screened-{budget}.jsonl") for budget in self.policies
+        }
         known = read_log(log.path).candidates if log is not None and log.path.exists() else []
         self._logged = {_identity(record) for record in known}
 
     def run(self, *, progress: bool = True) -> list[Record]:
         """Screen what is left to screen; every candidate's record, of this and of earlier runs, in order."""
         total = self.settings.candidates * len(self.policies)
-        studies = {budget: self._study(budget) for budget in self.policies}
-        done = sum(len(_recorded(study)) for study in studies.values())
-        bar = tqdm(total=total, initial=min(done, total), desc="screening", unit="candidate", disable=not progress)
-        records = []
+        studies = {budget: self._trials(budget) for budget in self.policies}
+        bar = tqdm(total=total, desc="screening", unit="candidate", disable=not progress)
         with bar:
-            for budget, study in studies.items():
-                own = _records(study)
-                for record in own:
+            for budget, trials in studies.items():
+                for record in trials.records:
                     self.log_once(record)
-                while len(own) < self.settings.candidates:
-                    own += self._generation(budget, study, own, bar)
-                records += own
-        return records
+                bar.update(len(trials.records))
+                while len(trials.records) < self.settings.candidates:
+                    self._generation(budget, trials, bar)
+        return [record for trials in studies.values() for record in trials.records]
 
     def log_once(self, record: Mapping[str, Any]) -> None:
         """Write a record to the log unless it stands there already."""
@@ -154,106 +155,65 @@ class Search:
             self._log.candidate(stored(record))
             self._logged.add(_identity(record))
 
-    def _study(self, budget: float) -> Study:
+    def _trials(self, budget: float) -> Trials:
         settings = self.settings
         name = f"budget {budget} {settings.sampler} seed {settings.seed}"
-        study = optuna.create_study(storage=self._storage, study_name=name, direction="maximize", load_if_exists=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.set_metric_names([METRIC_NAMES[settings.objective]])
-        return study
+        return Trials(name, METRIC_NAMES[settings.objective], settings.generation, self._storage)
 
-    def _generation(self, budget: float, study: Study, earlier: list[Record], bar: tqdm) -> list[Record]:
-        """Ask for a generation, or for what a killed one lacks; screen it anywhere; tell in order."""
-        settings = self.settings
-        begin = len(earlier) - len(earlier) % settings.generation
-        size = min(begin + settings.generation, settings.candidates) - len(earlier)
-        trials: list[Trial | FrozenTrial] = self._unfinished(budget, study)[:size]
-        for number in range(len(earlier) + len(trials), len(earlier) + size):
-            trials.append(self._ask(budget, study, number, begin))
-        heads = [self._head(budget, trial, len(earlier) + place) for place, trial in enumerate(trials)]
-        known = [restored(trial.user_attrs["record"]) for trial in trials if "record" in trial.user_attrs]
-        results: dict[Configuration, Record] = {record["config"]: record for record in (*known, *earlier)}
-        wanted = list(dict.fromkeys(head["config"] for head in heads if head["config"] not in results))
-
-        def note(config: Configuration) -> None:
-            for trial, head in zip(trials, heads, strict=True):
-                if head["config"] == config:
-                    _note(study, trial, {**results[config], **head})
-
-        for config in results.keys() & {head["config"] for head in heads}:
-            note(config)
+    def _generation(self, budget: float, trials: Trials, bar: tqdm) -> None:
+        """Ask for a generation; screen it anywhere, but for what an earlier process has screened; tell in order."""
+        settings, earlier, notes = self.settings, trials.records, self._notes[budget]
+        begin = len(earlier)
+        results = {record["config"]: record for record in (*earlier, *trials.cut_short())} | notes.read()
+        size = min(settings.generation, settings.candidates - begin)
+        asked = [self._ask(budget, trials, begin + place, begin) for place in range(size)]
+        heads = [self._head(budget, trial, begin + place) for place, trial in enumerate(asked)]
+        wanted = unique((head["config"] for head in heads), results)
         for place, found in self._executor.screen_all(wanted):
             results[wanted[place]] = found
-            note(wanted[place])  # on disk at once, though it is not yet its turn to be told
+            notes.add({**found, "config": wanted[place]})  # on disk, though it is not yet its turn to be told
             bar.update()
             bar.set_postfix_str(_best_so_far(list(results.values()), budget))
-        bar.update(len(heads) - len(wanted))
-        records = [{**results[head["config"]], **head} for head in heads]
-        for trial, record in zip(trials, records, strict=True):
-            self._tell(study, trial.number, record)
+        for trial, head in zip(asked, heads, strict=True):
+            record = {**results[head["config"]], **head}
+            trials.tell(trial, record, OBJECTIVES[settings.objective])
             self.log_once(record)
-        return records
+        notes.forget()
 
-    def _unfinished(self, budget: float, study: Study) -> list[FrozenTrial]:
-        """The trials that were asked for and not told, in order: of a generation that a kill has cut short."""
-        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        space = search_space(self.policies[budget]).keys()
-        for trial in running:
-            if trial.params.keys() != space:  # killed while it was asked for, which will be done again
-                study.tell(trial.number, state=TrialState.FAIL)
-        return sorted((t for t in running if t.params.keys() == space), key=lambda trial: trial.number)
-
-    def _ask(self, budget: float, study: Study, number: int, seen: int) -> Trial:
+    def _ask(self, budget: float, trials: Trials, number: int, seen: int) -> FrozenTrial:
         policy, settings = self.policies[budget], self.settings
-        study.sampler = make_sampler(
-            settings.sampler, policy, seed=settings.seed, number=number, seen=seen, update_rate=settings.update_rate
-        )
-        return study.ask(search_space(policy))
+        if settings.sampler == "policy":
+            sampler = self._policy_samplers[budget].at(number, seen)
+        else:
+            sampler = make_sampler(settings.sampler, policy, seed=settings.seed, number=number)
+        return trials.ask(sampler, search_space(policy))
 
-    def _head(self, budget: float, trial: Trial | FrozenTrial, number: int) -> dict[str, Any]:
+    def _head(self, budget: float, trial: FrozenTrial, number: int) -> dict[str, Any]:
         policy = self.policies[budget]
         choice = trial.params if self.settings.sampler == "policy" else within_budget(policy, trial.params)
         config = configuration(self.menus, choice)
         return {"config": config, "trial": f"{budget:g}-{number}", "budget": budget, "seed": self.settings.seed}
 
-    def _tell(self, study: Study, number: int, record: Mapping[str, Any]) -> None:
-        if record["status"] == "failed":
-            study.tell(number, state=TrialState.FAIL)
-        else:
-            study.tell(number, OBJECTIVES[self.settings.objective](record))
 
-
-def _storage(folder: Path | None) -> optuna.storages.BaseStorage:
+def _storage(folder: Path | None) -> optuna.storages.BaseStorage | None:
+    """Where a folder's studies are: in a journal; in SQLite, thirty times slower, where an older search began there."""
     if folder is None:
-        return optuna.storages.InMemoryStorage()
+        return None
     folder.mkdir(parents=True, exist_ok=True)
-    return optuna.storages.RDBStorage(f"sqlite:///{(folder / 'study.sqlite3').resolve()}")
+    begun = folder / "study.sqlite3"
+    if begun.exists():
+        return optuna.storages.RDBStorage(f"sqlite:///{begun.resolve()}")
+    journal = folder / "study.journal"
+    if journal.exists():
+        content = journal.read_bytes()
+        if not content.endswith(b"\n"):  # killed while it was written: the next line would be damaged as well
+            os.truncate(journal, content.rfind(b"\n") + 1)
+    return optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
 
 
 def _identity(record: Mapping[str, Any]) -> tuple:
     """What tells the lines of a log apart: a candidate stands there once as screened and once as fine-tuned."""
     return record.get("trial"), record.get("seed"), record.get("status")
-
-
-def _recorded(study: Study) -> list[FrozenTrial]:
-    """The trials that came to a record, as a result or as a failure, in order."""
-    return [
-        trial
-        for trial in study.get_trials(deepcopy=False)
-        if "record" in trial.user_attrs and trial.state.is_finished()
-    ]
-
-
-def _records(study: Study) -> list[Record]:
-    return [restored(trial.user_attrs["record"]) for trial in _recorded(study)]
-
-
-def _note(study: Study, trial: Trial | FrozenTrial, record: Mapping[str, Any]) -> None:
-    """Keep a trial's record with it."""
-    attributes = {"record": stored(record), **{key: record[key] for key in SHOWN if key in record}}
-    for key, value in attributes.items():
-        study._storage.set_trial_user_attr(trial._trial_id, key, value)
 
 
 def _best_so_far(records: list[Record], budget: float) -> str:

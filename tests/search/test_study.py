@@ -4,13 +4,16 @@ import multiprocessing
 import os
 import signal
 
+import optuna
 import pytest
+from optuna.storages.journal import JournalFileBackend
 
 from common.configuration import Configuration
 from common.files import SearchBusy, exclusive
 from common.ranks import uniform
 from common.reports import RunLog, read_log
-from common.search import CandidateFailed, Search, SearchSettings, promote
+from common.search import SAMPLERS, CandidateFailed, Search, SearchSettings, promote
+from common.search.trials import Notes
 
 SETTINGS = SearchSettings(budgets=(0.5, 0.3), candidates=4, seed=3)
 
@@ -205,3 +208,80 @@ def test_bad_settings_are_refused(wrong, message):
 def test_a_budget_below_everything_is_refused(tmp_path, screener, menus, sensitivity):
     with pytest.raises(ValueError, match="a budget must lie between"):
         search_in(tmp_path, screener, menus, sensitivity, SearchSettings(budgets=(0.0001,), candidates=1))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_search_that_was_cut_while_a_generation_was_told_resumes_to_the_same_trials(
+    tmp_path, screener, menus, sensitivity, sampler, monkeypatch
+):
+    settings = SearchSettings(budgets=(0.5,), candidates=14, generation=4, seed=1, sampler=sampler)
+    whole = search_in(tmp_path / "whole", screener, menus, sensitivity, settings)
+    real, stored = optuna.Study.add_trial, []
+
+    def cut(study, trial):
+        if "record" in trial.user_attrs:
+            stored.append(trial)
+            if len(stored) == 11:
+                raise KeyboardInterrupt
+        real(study, trial)
+
+    monkeypatch.setattr(optuna.Study, "add_trial", cut)
+    with pytest.raises(KeyboardInterrupt):
+        search_in(tmp_path / "cut", screener, menus, sensitivity, settings)
+    monkeypatch.setattr(optuna.Study, "add_trial", real)
+    again = Counting(screener)
+    assert without_time(search_in(tmp_path / "cut", again, menus, sensitivity, settings)) == without_time(whole)
+    assert again.calls == len({record["config"] for record in whole[12:]} - {record["config"] for record in whole[:12]})
+    study = optuna.load_study(study_name=None, storage=journal_of(tmp_path / "cut" / "state"))
+    assert [trial.user_attrs["record"]["trial"] for trial in study.trials] == [record["trial"] for record in whole]
+
+
+def test_a_search_that_is_given_more_candidates_is_the_search_of_that_many(tmp_path, screener, menus, sensitivity):
+    few, many = (SearchSettings(budgets=(0.5,), candidates=count, generation=4, seed=1) for count in (6, 11))
+    search_in(tmp_path / "grown", screener, menus, sensitivity, few)
+    grown = search_in(tmp_path / "grown", screener, menus, sensitivity, many)
+    assert without_time(grown) == without_time(search_in(tmp_path / "at once", screener, menus, sensitivity, many))
+
+
+def test_a_note_that_a_kill_cut_short_is_no_result(tmp_path, uninterrupted):
+    notes = Notes(tmp_path / "screened.jsonl")
+    assert notes.read() == {}
+    for record in uninterrupted[:3]:
+        notes.add(record)
+    (tmp_path / "screened.jsonl").write_bytes((tmp_path / "screened.jsonl").read_bytes()[:-9])
+    assert list(notes.read()) == [record["config"] for record in uninterrupted[:2]]
+    notes.add(uninterrupted[3])
+    assert list(notes.read()) == [uninterrupted[place]["config"] for place in (0, 1, 3)]
+
+
+def test_a_candidate_is_one_line_of_the_journal_however_many_layers_there_are(tmp_path, screener, menus, sensitivity):
+    search_in(tmp_path, screener, menus, sensitivity, SearchSettings(budgets=(0.5,), candidates=8, seed=1))
+    lines = (tmp_path / "state" / "study.journal").read_text().splitlines()
+    assert len(lines) <= 8 + 3  # the study, and what its values are called
+
+
+def test_a_journal_that_a_kill_cut_short_goes_on(tmp_path, screener, menus, sensitivity, uninterrupted):
+    search_in(tmp_path, screener, menus, sensitivity)
+    path = tmp_path / "state" / "study.journal"
+    path.write_bytes(path.read_bytes()[:-30])
+    again = Counting(screener)
+    assert without_time(search_in(tmp_path, again, menus, sensitivity)) == without_time(uninterrupted)
+    assert again.calls == 1
+    assert without_time(search_in(tmp_path, Counting(screener, interrupt_at=1), menus, sensitivity))
+
+
+def test_a_search_that_was_begun_in_sqlite_goes_on_there(tmp_path, screener, menus, sensitivity, uninterrupted):
+    search_in(tmp_path, screener, menus, sensitivity)
+    state = tmp_path / "state"
+    for name in (f"budget {budget} policy seed 3" for budget in SETTINGS.budgets):
+        optuna.copy_study(
+            from_study_name=name, from_storage=journal_of(state), to_storage=f"sqlite:///{state / 'study.sqlite3'}"
+        )
+    (state / "study.journal").unlink()
+    again = Counting(screener)
+    assert without_time(search_in(tmp_path, again, menus, sensitivity)) == without_time(uninterrupted)
+    assert again.calls == 0
+
+
+def journal_of(folder):
+    return optuna.storages.JournalStorage(JournalFileBackend(str(folder / "study.journal")))
