@@ -5,9 +5,10 @@
     python benchmarks/scale.py workers --workers 2 4 8 16
     python benchmarks/scale.py overhead --workers 2
 
-steps: factorisation, menus, sensitivity, a candidate, by layers and images. simulate: the real search (policy, study, log) with screening in place of which a duration is drawn; the workers' clock
-is simulated, the driver's is real. workers: candidates that sleep for a second, on Ray's workers. overhead: a real
-search on digits, in this process and on workers, in turn.
+steps: factorisation, menus, sensitivity, a candidate, by layers and images. simulate: the real search (policy, study,
+log) with screening in place of which a duration is drawn; the workers' clock is simulated, the driver's is real.
+workers: candidates that sleep for a second, on Ray's workers. overhead: a real search on noise, in this process and on
+workers, in turn.
 
 Writes one JSON file per command into --out, and tables into its scale.md.
 """
