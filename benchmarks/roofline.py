@@ -1,0 +1,191 @@
+"""Where the time of a network goes, layer by layer, and how far each is from what the machine can do at best.
+
+    python benchmarks/roofline.py --dense finetuned/saved_models/resnet18_mnist_224.safetensors \\
+        --compressed results/mnist-224/resnet18-smallest-seed0.safetensors --image-size 224
+
+Both sides, deployed alike, in onnxruntime and OpenVINO. Writes roofline.json, roofline.md and a figure per runtime and
+batch size. Let nothing else run at the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+from tabulate import tabulate
+from torch import Tensor, nn
+
+if __package__ in (None, ""):
+    # Run as a script: the repository root, not this folder, is where `common` is found.
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common.cost import measure_latency
+from common.deploy import deploy
+from common.deploy.profile import PROFILED, Roofline, profile, roofline
+from common.files import atomic_path, write_text
+from common.models import load_checkpoint, load_compressed
+from common.provenance import provenance
+
+SIDES = ("dense", "compressed")
+SHOWN_LAYERS = 8
+
+
+def measure(
+    networks: Mapping[str, nn.Module], images: Tensor, limits: Roofline, runtime: str, rounds: int
+) -> dict[str, Any]:
+    """Both sides' kernels at a batch size, each with its limit, and the time of a whole batch without a profiler."""
+    deployed = {side: deploy(network, images, runtime=runtime, rounds=rounds) for side, network in networks.items()}
+    whole = measure_latency({side: one.run for side, one in deployed.items()}, images, rounds=rounds)
+    kernels = {
+        side: [
+            asdict(kernel) | {"limit": limits.seconds(kernel)}
+            for kernel in profile(one.model, images, runtime=runtime, rounds=rounds)
+        ]
+        for side, one in deployed.items()
+    }
+    return {"runtime": runtime, "batch": len(images), "seconds": whole, "kernels": kernels}
+
+
+def by_layer(kernels: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Layer -> (seconds, limit) of all its kernels; a factorised layer's stages are one layer."""
+    found: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    names = {kernel["layer"] for kernel in kernels}
+    for kernel in kernels:
+        layer = kernel["layer"]
+        head, _, tail = layer.rpartition(".")
+        if tail.isdigit() and head and sum(name.rpartition(".")[0] == head for name in names) > 1:
+            layer = head
+        layer = layer or f"{kernel['kind']}, layout"
+        found[layer][0] += kernel["seconds"]
+        found[layer][1] += kernel["limit"]
+    return {name: (seconds, limit) for name, (seconds, limit) in found.items()}
+
+
+def table(content: Mapping[str, Any]) -> str:
+    """One line per runtime, batch and side; below, the layers that lose the most time against their limits."""
+    lines, notes = [], []
+    for row in content["rows"]:
+        for side in SIDES:
+            kernels, seconds = row["kernels"][side], row["seconds"][side]
+            limit = sum(kernel["limit"] for kernel in kernels)
+            inside = sum(kernel["seconds"] for kernel in kernels)
+            busy = sum(kernel["limit"] for kernel in kernels if kernel["flops"])
+            layers = by_layer(kernels)
+            worst = sorted(layers, key=lambda name: layers[name][1] - layers[name][0])[:SHOWN_LAYERS]
+            lines.append(
+                [
+                    row["runtime"],
+                    row["batch"],
+                    side,
+                    f"{1e3 * seconds:.2f}",
+                    f"{1e3 * inside:.2f}",
+                    f"{1e3 * limit:.2f}",
+                    f"{limit / seconds:.0%}",
+                    f"{busy / limit:.0%}",
+                    len(kernels),
+                ]
+            )
+            if side == "compressed":
+                lost = ", ".join(
+                    f"{name} {1e3 * layers[name][0]:.2f} for {1e3 * layers[name][1]:.2f}"
+                    for name in worst
+                    if layers[name][0] > layers[name][1]
+                )
+                notes.append(f"{row['runtime']}, batch {row['batch']}, ms above the limit: {lost}.")
+    heads = ["runtime", "batch", "network", "ms", "in kernels", "limit", "reached", "limit of arithmetic", "kernels"]
+    facts, machine = content["provenance"], content["machine"]
+    peaks = ", ".join(
+        f"{runtime} {one['flops_per_second'] / 1e9:.0f} G multiply-accumulates a second"
+        for runtime, one in machine.items()
+    )
+    copies = ", ".join(
+        f"{size / 2**20:g} MiB {speed / 1e9:.0f} GB/s" for size, speed in next(iter(machine.values()))["copies"]
+    )
+    notes = [
+        f"Peaks of large convolutions: {peaks}. Copies, read and written: {copies}.",
+        *notes,
+        f"{content['network']}, {content['image_size']} px; {facts['machine']}, {facts['threads']} threads, revision "
+        f"{facts['git_revision']}; `{facts['command']}`.",
+    ]
+    text = tabulate(lines, headers=heads, tablefmt="github", disable_numparse=True)
+    return text + "\n\n" + "\n".join(f"- {note}" for note in notes)
+
+
+def figure(row: Mapping[str, Any], network: str) -> Figure:
+    """Per layer, what both sides take and the least that they could."""
+    layers = {side: by_layer(row["kernels"][side]) for side in SIDES}
+    names = list(dict.fromkeys([*layers["dense"], *layers["compressed"]]))
+    names = [name for name in names if any(layers[side].get(name, (0, 0))[0] > 1e-5 for side in SIDES)]
+    result, axes = plt.subplots(figsize=(8, 1.2 + 0.3 * len(names)), layout="constrained")
+    for side, shift, colour in (("dense", -0.2, "tab:gray"), ("compressed", 0.2, "tab:blue")):
+        places = [place + shift for place in range(len(names))]
+        seconds, limits = ([1e3 * layers[side].get(name, (0, 0))[part] for name in names] for part in (0, 1))
+        axes.barh(places, seconds, 0.38, color=colour, alpha=0.45, label=f"{side}, measured")
+        axes.barh(places, limits, 0.38, color=colour, label=f"{side}, at best")
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("ms per batch")
+    axes.set_title(f"{network}, batch {row['batch']}, {row['runtime']}")
+    axes.legend(fontsize=8)
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code: 0, or 2 for bad input."""
+    options = _parser().parse_args(arguments)
+    try:
+        compressed, header = load_compressed(options.compressed)
+        architecture = header["architecture"]
+        dense, _ = load_checkpoint(options.dense, architecture=architecture, num_classes=header["num_classes"])
+        networks = {"dense": dense, "compressed": compressed}
+        limits = {runtime: roofline(runtime, rounds=options.rounds) for runtime in options.runtimes}
+        torch.manual_seed(0)
+        rows = []
+        for runtime in options.runtimes:
+            for batch in options.batches:
+                images = torch.randn(batch, 3, options.image_size, options.image_size)
+                rows.append(measure(networks, images, limits[runtime], runtime, options.rounds))
+        content = {
+            "network": architecture,
+            "image_size": options.image_size,
+            "machine": {runtime: asdict(limit) for runtime, limit in limits.items()},
+            "rows": rows,
+            "provenance": provenance("cpu", 0),
+        }
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    out = options.out or Path("results") / f"roofline-{architecture}"
+    write_text(out / "roofline.json", json.dumps(content) + "\n")
+    write_text(out / "roofline.md", table(content) + "\n")
+    for row in rows:
+        with atomic_path(out / f"{row['runtime']}-batch{row['batch']}.png") as path:
+            figure(row, architecture).savefig(path, dpi=130)
+        plt.close("all")
+    print(table(content))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dense", required=True, type=Path, help="checkpoint of the dense network (.safetensors)")
+    parser.add_argument("--compressed", required=True, type=Path, help="file of save_compressed")
+    parser.add_argument("--image-size", type=int, default=224, metavar="PIXELS")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--runtimes", nargs="+", choices=PROFILED, default=list(PROFILED))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path, help="default: results/roofline-NETWORK")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
