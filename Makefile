@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NOTEBOOKS := $(wildcard htd-*-res.ipynb)
 PRESET ?= quick
+DATA ?= cifar10
 export PYTHONHASHSEED = 0
 
 .DEFAULT_GOAL := help
 
-.PHONY: reliability help setup demo row test lint notebooks documents clean
+.PHONY: peers reliability help setup demo row test lint notebooks documents clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -38,6 +39,13 @@ row: $(STAMP)  ## ResNet18 on Fashion-MNIST in the README's tables: 32 px, from 
 test: $(STAMP)  ## run the tests in two processes of one thread each: more threads than cores fight
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not apart"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m apart
+
+peers: $(STAMP)  ## other methods beside ours, CIFAR-10: CHECKPOINT=resnet20.th DATA=cifar10 or folder:PATH
+	@test -n "$(CHECKPOINT)" || { echo "Give CHECKPOINT=, a state dict of CIFAR-10's ResNet-20 or ResNet-56"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch-pruning tensorly-torch
+	$(BIN)/python benchmarks/published_networks.py --checkpoints $(CHECKPOINT) --data $(DATA) --budgets 0.5 0.35 \
+	    --methods policy uniform "two-factor SVD" torch-pruning "tensorly-torch Tucker" "tensorly-torch CP" \
+	    "Tucker-2, VBMF" --seeds 0 --epochs 0 3
 
 reliability: $(STAMP)  ## damage files and kill runs, ten minutes; the counts go into docs/reliability.md
 	$(BIN)/python tools/reliability.py

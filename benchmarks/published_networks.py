@@ -32,14 +32,15 @@ if __package__ in (None, ""):
     # Run as a script: the repository root, not this folder, is where `benchmarks` and `common` are found.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import peers
 from benchmarks.cifar_resnet import from_checkpoint
 from common import data
-from common.compress import HTLayer, ModelFactors, factorize, reconstruct
-from common.compress.layers import PLANS
-from common.configuration import Configuration, KernelRanks
+from common.compress import factorize, reconstruct
+from common.configuration import Configuration
+from common.cost import count_params
 from common.files import exclusive, write_text
 from common.finetune import TrainSettings, evaluate, train
-from common.modules import copy_with
+from common.modules import copy_with, first_line
 from common.provenance import provenance
 from common.ranks import build_menus, meet_budget
 from common.run import MOST_SENSITIVITY_IMAGES
@@ -58,7 +59,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RULES = ("uniform", "energy", "vbmf")
 SAMPLERS = ("policy", "tpe")
 TWO_FACTOR = "two-factor SVD"
-METHODS = (*SAMPLERS, *RULES, TWO_FACTOR)
+PEERS = ("torch-pruning", "tensorly-torch Tucker", "tensorly-torch CP", "Tucker-2, VBMF")
+METHODS = (*SAMPLERS, *RULES, TWO_FACTOR, *PEERS)
 DENSE = "dense, trained on"
 
 RECIPE = TrainSettings(learning_rate=0.02, weight_decay=1e-4, distill_weight=0.9, distill_temperature=4.0)
@@ -82,10 +84,18 @@ class Bench:
     def row(self, method: str, budget: float, epochs: int, untrained: Mapping[str, Any] | None) -> dict[str, Any]:
         """What a method comes to at a budget: the network that it chooses on validation, and that one's test score.
 
-        untrained: the method's row without training, whose ranks are taken.
+        untrained: the method's row without training, whose ranks are taken. A peer that fails is a row that says why.
         """
+        try:
+            return self._row(method, budget, epochs, untrained)
+        except Exception as error:  # other people's packages raise whatever they like
+            if method not in PEERS:
+                raise
+            return {"failed": first_line(error)}
+
+    def _row(self, method: str, budget: float, epochs: int, untrained: Mapping[str, Any] | None) -> dict[str, Any]:
         started = time.perf_counter()
-        if untrained is not None and method not in (TWO_FACTOR, DENSE):
+        if untrained is not None and method in (*SAMPLERS, *RULES):
             config, tried = Configuration.parse(untrained["config_str"]), untrained["screened"]
             network = self.screener.build(config)
         else:
@@ -94,11 +104,10 @@ class Bench:
             recipe = replace(RECIPE, epochs=epochs, seed=self.seed, val_images=self.options.screen)
             train(network, self.dataset, recipe, teacher=self.model)
         seconds = time.perf_counter() - started
-        flops = sum(_flops(self.factors, name, ranks, method) for name, ranks in config.items())
-        outside = self.factors.dense_flops - sum(self.factors.layers[name].dense_flops for name in config)
         return {
             "config_str": str(config),
-            "flops_kept": (flops + outside) / self.factors.dense_flops,
+            "flops_kept": peers.flops_of(network, self.images) / self.factors.dense_flops,
+            "params_kept": count_params(network) / self.factors.dense_params,
             "divergence": self.screener.distance(network),
             "val_accuracy": evaluate(network, self.dataset.val, limit=self.options.screen).accuracy,
             "test_accuracy": evaluate(network, self.dataset.test).accuracy,
@@ -111,8 +120,10 @@ class Bench:
         if method == DENSE:
             return copy_with(self.model, {}), Configuration({}), 0
         if method == TWO_FACTOR:
-            config = two_factor_ranks(self.factors, budget)
-            return reconstruct(two_factor(self.factors, config), self.screener.targets), config, 1
+            config = peers.two_factor_ranks(self.factors, budget)
+            return reconstruct(peers.in_plan(self.factors, config, "output-pair"), self.screener.targets), config, 1
+        if method in PEERS:
+            return self.peer(method, budget), Configuration({}), 1
         if method in RULES:
             config = meet_budget(method, self.weights, budget, priced=self.factors)
             return self.screener.build(config), config, 1
@@ -124,64 +135,15 @@ class Bench:
         best = min(screened, key=lambda record: record["divergence"])["config"]
         return self.screener.build(best), best, len(records)
 
-
-def _flops(factors: ModelFactors, name: str, ranks: Any, method: str) -> int:
-    layer = factors.layers[name]
-    if method == TWO_FACTOR and isinstance(ranks, KernelRanks):
-        return layer.flops(ranks, PLANS["output-pair"])
-    return layer.flops(ranks)
-
-
-def two_factor_ranks(factors: ModelFactors, budget: float) -> Configuration:
-    """Every layer cut at the same share of its output's energy, the largest share that meets the budget.
-
-    A layer cut this way is a k x k convolution to r channels and a 1 x 1 one: the singular value decomposition of the
-    kernel whitened by its input, which is the projection on the output covariance's leading eigenvectors.
-    """
-
-    def attempt(lost: float) -> tuple[Configuration, int]:
-        config, total = {}, factors.dense_flops
-        for name, layer in factors.layers.items():
-            energies = layer.edge_energies("mid" if layer.is_matrix else "out")
-            rank = int((energies.cumsum(0) < (1 - lost) * energies.sum()).sum()) + 1
-            ranks = _two_factor_of(layer, min(rank, len(energies)))
-            flops = _flops(factors, name, ranks, TWO_FACTOR)
-            if flops < layer.dense_flops:
-                config[name] = ranks
-                total += flops - layer.dense_flops
-        return Configuration(config), total
-
-    low, high = 1e-9, 1.0
-    for _ in range(60):
-        middle = (low * high) ** 0.5
-        if attempt(middle)[1] > budget * factors.dense_flops:
-            low = middle
-        else:
-            high = middle
-    config, total = attempt(high)
-    if total > budget * factors.dense_flops:
-        raise ValueError(f"two factors cannot meet {budget}")
-    return config
-
-
-def _two_factor_of(layer: Any, rank: int) -> Any:
-    full = layer.full_ranks
-    if layer.is_matrix:
-        return type(full)(rank)
-    _, c_in, k_h, k_w = layer.shape
-    return KernelRanks(c_in, min(c_in * k_h, k_w * rank), rank)
-
-
-def two_factor(factors: ModelFactors, config: Mapping[str, Any]) -> nn.Module:
-    """The compressed network with every kernel as two factors."""
-    model = factors.compress(config)
-    layers = {}
-    for name in config:
-        layer = factors.layers[name]
-        if not layer.is_matrix:
-            pair = layer.truncated(config[name], PLANS["output-pair"])
-            layers[model.get_submodule(name)] = HTLayer(pair, layer.bias, layer.geometry)
-    return copy_with(model, layers)
+    def peer(self, method: str, budget: float) -> nn.Module:
+        """The network of somebody else's method, before any training."""
+        flops = int(budget * self.factors.dense_flops)
+        if method == "torch-pruning":
+            return peers.torch_pruning(self.model, self.images, flops)
+        if method == "Tucker-2, VBMF":
+            return peers.in_plan(self.weights, peers.tucker2_ranks(self.weights, budget), "tucker")
+        kind = method.rsplit(" ", 1)[1].lower()
+        return peers.tensorly_torch(self.model, self.images, flops, factorization=kind)
 
 
 def table(content: Mapping[str, Any]) -> str:
@@ -202,10 +164,16 @@ def table(content: Mapping[str, Any]) -> str:
         count = f"{seeds} seed{'s' if seeds > 1 else ''}"
         trained = f"{epochs} epochs of fine-tuning" if epochs else "No training"
         parts.append(f"Columns are shares of the dense FLOPs. {count}; dense: {dense:.4f} on test. {trained}.")
+        failures = {row["method"]: row["failed"] for row in rows if "failed" in row}
+        parts += [f"{method}: {reason}." for method, reason in failures.items()]
+    if content["provenance"].get("peers"):
+        parts.append("Peers: " + ", ".join(f"{n} {v}" for n, v in content["provenance"]["peers"].items()) + ".")
     return "\n\n".join(parts)
 
 
 def _lost(dense: float, rows: Sequence[Mapping[str, Any]]) -> str:
+    if any("failed" in row for row in rows):
+        return "failed"
     values = [100 * (dense - row["test_accuracy"]) for row in rows]
     if not values:
         return "-"
@@ -271,7 +239,12 @@ def _key(row: Mapping[str, Any]) -> tuple:
 
 def _known(target: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
     """What an earlier run of the same settings and code left; else nothing."""
-    fresh = {"asked": dict(asked), "dense": {}, "rows": [], "provenance": provenance("cpu", 0)}
+    fresh = {
+        "asked": dict(asked),
+        "dense": {},
+        "rows": [],
+        "provenance": provenance("cpu", 0) | {"peers": peers.versions()},
+    }
     if not target.exists():
         return fresh
     known = json.loads(target.read_text(encoding="utf-8"))
