@@ -63,7 +63,7 @@ PEERS = ("torch-pruning", "tensorly-torch Tucker", "tensorly-torch CP", "Tucker-
 METHODS = (*SAMPLERS, *RULES, TWO_FACTOR, *PEERS)
 DENSE = "dense, trained on"
 
-RECIPE = TrainSettings(learning_rate=0.02, weight_decay=1e-4, distill_weight=0.9, distill_temperature=4.0)
+RECIPE = TrainSettings(learning_rate=0.01, weight_decay=1e-4, distill_weight=0.9, distill_temperature=4.0)
 """How networks are fine-tuned: of every method alike, and the dense one."""
 
 

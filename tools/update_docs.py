@@ -76,6 +76,7 @@ def sections(results: Path) -> Mapping[str, Callable[[], str]]:
     series = {
         "own-networks": sorted((results / "own-networks").glob("*.md")),
         "runtimes": sorted(results.glob("runtimes-*/runtimes.md")),
+        "roofline": sorted(results.glob("roofline-*/roofline.md")),
     }
     largest = documents.largest(runs)
     smaller = [run for run in runs if run not in largest]

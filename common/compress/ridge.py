@@ -56,10 +56,25 @@ def by_image(features: Tensor, axis: int) -> Tensor:
     return features.movedim(axis, -1).flatten(1, -2)
 
 
+def at_places(features: Tensor, axis: int, positions: Tensor) -> Tensor:
+    """Features of each image at places of its own ``(N, P)``: ``(N, P, C)``, the channels being along ``axis``."""
+    if features.ndim == 2:
+        return features[:, None]
+    images = _numbers(features)
+    if axis == -1:
+        return features.flatten(1, -2)[images, positions]
+    return features[(images, slice(None), *torch.unravel_index(positions, features.shape[2:]))]
+
+
+def _numbers(features: Tensor) -> Tensor:
+    """``(N, 1)``: with places of each image it picks from that image."""
+    return torch.arange(len(features), device=features.device)[:, None]
+
+
 def design_rows(stage: nn.Module, features: Tensor, positions: Tensor) -> Tensor:
-    """What the stage multiplies its weight with at these places of its output map: ``(images positions, n)``."""
+    """What the stage multiplies its weight with at these places ``(N, P)`` of its output map: ``(N P, n)``."""
     if isinstance(stage, nn.Linear):
-        return wide(by_image(features, -1)[:, positions].flatten(0, 1))
+        return wide(at_places(features, -1, positions).flatten(0, 1))
     sizes = [
         (size + left + right - dilation * (window - 1) - 1) // stride + 1
         for size, (left, right), dilation, window, stride in zip(
@@ -67,13 +82,12 @@ def design_rows(stage: nn.Module, features: Tensor, positions: Tensor) -> Tensor
         )
     ]
     features = _padded(stage, features)
-    places = torch.unravel_index(positions, sizes)
+    images, places = _numbers(features), torch.unravel_index(positions, sizes)
     taps = [
-        features[(slice(None), slice(None), *_tap(stage, places, offset))]
+        features[(images, slice(None), *_tap(stage, places, offset))]  # (N, P, C)
         for offset in product(*map(range, stage.kernel_size))
     ]
-    patches = torch.stack(taps, dim=2)  # (N, C, window, positions)
-    return wide(patches.permute(0, 3, 1, 2).flatten(2).flatten(0, 1))
+    return wide(torch.stack(taps, dim=-1).flatten(2).flatten(0, 1))
 
 
 def _tap(stage: nn.Module, places: tuple[Tensor, ...], offset: tuple[int, ...]) -> Iterator[Tensor]:

@@ -17,13 +17,13 @@ from ..modules import hooked
 from .flow import Flow, running_norms
 from .model_factors import ModelFactors
 from .moments import channels_last_rows, mean_and_variance, wide
-from .ridge import by_image
+from .ridge import at_places, by_image
 
 STATISTICS_ROWS, STATISTICS_IMAGES = 2**15, 64
 """Rows that a batch norm's statistics are taken of, and images at least: a quarter of these changes nothing."""
 
-ROWS = 8192
-"""Rows (images times positions) that a layer is fitted on, at least one position of each image: more change nothing."""
+ROWS = 2**14
+"""Rows (images times positions) that a layer is fitted on, at least one position of each image."""
 
 MOST_VALUES = 2**28
 """Of the largest feature map over all images, which go through the network at once: a gigabyte in float32."""
@@ -47,7 +47,8 @@ class Targets:
 
     Attributes:
         images: the calibration images, or as many of the first as fit into memory at once.
-        positions: layer -> the places of its output map, or the tokens, that are looked at: the same in every image.
+        positions: layer -> the places of its output map, or the tokens, that are looked at ``(N, positions)``: in every
+            image others, since the same few would fit a layer to what is at these places.
         outputs: layer -> the dense layer's outputs there ``(images positions, C_out)``.
         sums: layer -> there, the sum that its output enters, behind its batch norm if it has one: a residual block's.
         norms: batch norm -> the statistics of its input.
@@ -126,12 +127,18 @@ class _DenseOutputs:
                 return
             self._axes[name] = -1 if isinstance(module, nn.Linear) else 1
             places = by_image(output, self._axes[name]).shape[1]
-            every = torch.randperm(places, generator=self._generator)
-            self.positions[name] = every[: self._per_image].sort().values.to(output.device)
+            drawn = self._draw(len(output), places)
+            self.positions[name] = drawn.to(output.device)
             self.outputs[name] = self._rows(name, output)
             self.flow.put(output, name)
 
         return hook
+
+    def _draw(self, images: int, places: int) -> Tensor:
+        """Places of each image ``(images, positions)``: some drawn at random, moved on from image to image."""
+        some = torch.randperm(places, generator=self._generator)[: self._per_image]
+        moved = torch.randint(places, (images, 1), generator=self._generator)
+        return ((some + moved) % places).sort(1).values
 
     def norm(self, name: str) -> Callable:
         def hook(norm: _BatchNorm, inputs: tuple) -> None:
@@ -158,8 +165,8 @@ class _DenseOutputs:
 
 
 def rows_at(features: Tensor, axis: int, positions: Tensor) -> Tensor:
-    """Features at these places of every image ``(images positions, C)``, the channels being along ``axis``."""
-    return wide(by_image(features, axis)[:, positions].flatten(0, 1))
+    """Features at these places ``(N, P)`` of the images ``(N P, C)``, the channels being along ``axis``."""
+    return wide(at_places(features, axis, positions).flatten(0, 1))
 
 
 def statistics(features: Tensor) -> tuple[Tensor, Tensor]:

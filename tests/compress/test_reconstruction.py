@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from common.compress import HTLayer, Targets, factorize, recalibrate, reconstruct, reconstructed_outputs
 from common.configuration import KernelRanks, MatrixRanks
 from common.modules import copy_with
+from common.ranks import uniform
 from tests.helpers import halved
 
 
@@ -293,3 +294,37 @@ def test_half_precision_networks_are_fitted_in_wider_sums():
     plain = lost(factors.compress(config), dense, x)
     assert lost(reconstruct(factors.compress(config), Targets.of(factors, x)), dense, x) < plain
     assert {type(m) for m in factors.compress(config).modules()} >= {HTLayer}
+
+
+def test_many_images_with_few_places_each_are_no_worse_than_few_images_with_many(monkeypatch):
+    """Places are each image's own: the same few in every image would fit layers to what is there alone."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(8, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Conv2d(32, 32, 3, padding=1)).eval()
+    # Contrast grows from left to right, so that places differ in what matters there.
+    everything = torch.randn(600, 8, 16, 16) * torch.linspace(0.1, 3, 16)
+    given, unseen = everything[:500], everything[500:]
+    errors = {}
+    for count in (16, 500):
+        factors = factorize(model, given[:64])
+        small = factors.compress(uniform(factors, 0.4))
+        monkeypatch.setattr("common.compress.targets.ROWS", 1000)
+        reconstruct(small, Targets.of(factors, given[:count]))
+        errors[count] = float((small(unseen) - model(unseen)).square().mean())
+    assert errors[500] < 1.02 * errors[16]
+
+
+def test_every_image_is_looked_at_in_places_of_its_own(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1)).eval()
+    inputs = torch.randn(40, 8, 12, 12)
+    factors = factorize(model, inputs)
+    monkeypatch.setattr("common.compress.targets.ROWS", 200)
+    found = Targets.of(factors, inputs)
+    for name, positions in found.positions.items():
+        assert positions.shape == (40, 5)
+        assert all(len(set(row.tolist())) == 5 for row in positions)
+        assert len({tuple(row.tolist()) for row in positions}) > 30
+        dense = model[: int(name) + 1](inputs).flatten(2)
+        rows = torch.stack([dense[n][:, place] for n, own in enumerate(positions) for place in own])
+        assert torch.allclose(found.outputs[name], rows.to(found.outputs[name]), atol=1e-5)
