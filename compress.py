@@ -67,6 +67,7 @@ def _run(options: argparse.Namespace) -> int:
         executor=options.executor,
         address=options.address,
         workers=options.workers,
+        threads=options.threads,
         storage=options.storage,
         learning_rate=options.learning_rate,
         tolerance=options.max_loss,
@@ -179,6 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--executor", default="local", help="local, or ray: workers on this machine or a cluster")
     parser.add_argument("--address", help="of a running Ray cluster, such as auto; default: one is started here")
     parser.add_argument("--workers", type=int, help="of Ray; default: one per GPU, or as many as there are processors")
+    parser.add_argument("--threads", type=int, help="of each worker; default: its share of the processors")
     parser.add_argument("--storage", help="where workers without a common file system keep checkpoints, as s3://...")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split-seed", type=int, default=0, help="of the validation part (default: 0)")

@@ -268,7 +268,13 @@ def measure_overhead(options: argparse.Namespace) -> dict[str, Any]:
 def tables(folder: Path) -> str:
     """What the commands have left in a folder, as Markdown."""
     parts = []
-    for name, shown in (("steps", _steps), ("simulate", _simulated), ("workers", _measured), ("overhead", _overhead)):
+    for name, shown in (
+        ("steps", _steps),
+        ("simulate", _simulated),
+        ("workers", _measured),
+        ("overhead", _overhead),
+        ("kills", _kills),
+    ):
         path = folder / f"{name}.json"
         if path.exists():
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -333,6 +339,11 @@ def _overhead(content: Mapping[str, Any]) -> str:
         f"workers ({c['ray'] / c['local'] - 1:+.0%}); with Ray's start of {c['start']:.0f} s "
         f"{(c['ray'] + c['start']) / c['local'] - 1:+.0%}."
     )
+
+
+def _kills(content: Mapping[str, Any]) -> str:
+    counts = ", ".join(f"{count} {what}" for what, count in content["counts"].items())
+    return f"A cluster of three nodes on this machine, whose workers, nodes and driver are killed: {counts}."
 
 
 def main(arguments: list[str] | None = None) -> int:

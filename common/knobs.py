@@ -44,7 +44,7 @@ class SearchKnobs:
         int8: measure both sides quantised to int8 as well, in a runtime that has it.
         generation: candidates proposed at a time, and screened side by side where there are several workers.
         executor: local (this process), or ray (workers on this machine, or on a cluster).
-        address, workers, storage: of Ray; see `common.search.RaySettings`.
+        address, workers, threads, storage: of Ray; see `common.search.RaySettings`.
         device: auto, cpu, cuda.
         seed: of everything random in the search and the fine-tuning.
         folder: where the log and the state of the run go.
@@ -71,6 +71,7 @@ class SearchKnobs:
     executor: Annotated[Literal[EXECUTORS], Field(description=one_of(EXECUTORS))] = "local"
     address: str | None = None
     workers: Annotated[int | None, Field(ge=1, le=100_000, description="a number of workers, or None")] = None
+    threads: Annotated[int | None, Field(ge=1, le=1024, description="a number of threads, or None")] = None
     storage: str | None = None
     device: Annotated[str, Field(pattern=DEVICES, description="auto, cpu, mps, cuda or cuda:N")] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")] = 0

@@ -135,7 +135,7 @@ def compress_network(
         details: kept in the files, such as {"classes": [...], "mean": [...], "std": [...]}.
         knobs: others of `NetworkSettings`: cost, candidates, sampler, sensitivity, promote, tolerance, learning_rate,
             distill_weight, augment (of our own splits; others are the loader's affair), latency_batch, runtime, int8,
-            generation, executor, address, workers, storage, seed, layers.
+            generation, executor, address, workers, threads, storage, seed, layers.
 
     Returns:
         the finished run: its table, its best network, its log.

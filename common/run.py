@@ -68,6 +68,7 @@ MAY_CHANGE = (
     "executor",
     "address",
     "workers",
+    "threads",
     "storage",
     "folder",
     "baselines",
@@ -236,7 +237,7 @@ class Run(ABC):
         s, screener = self.settings, self.make_screener()
         if s.executor == "local":
             return LocalExecutor(screener)
-        workers = RaySettings(address=s.address, workers=s.workers, storage=s.storage)
+        workers = RaySettings(address=s.address, workers=s.workers, threads=s.threads, storage=s.storage)
         executor = RayExecutor(screener, workers, most=min(s.generation, s.candidates))
         self._held.callback(executor.close)
         return executor

@@ -178,8 +178,8 @@ def damaged_models(count: int, seed: int = 0) -> Counter[str]:
     return found
 
 
-def searched(folder: str) -> None:
-    """A small run from its beginning, or from where it was left."""
+def searched(folder: str, **more: Any) -> None:
+    """A small run from its beginning, or from where it was left; more: knobs of `compress_network`."""
     torch.set_num_threads(1)
     batches = []
     for number in range(3):
@@ -193,6 +193,7 @@ def searched(folder: str) -> None:
         "runtime": "torch",
         "tolerance": 0.99,
         "progress": False,
+        **more,
     }
     compress_network(small_network(), batches, batches, folder=folder, budgets=(0.6,), epochs=2, **knobs).close()
 
