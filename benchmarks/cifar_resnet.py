@@ -29,6 +29,9 @@ from common.own_network import NetworkRun
 from common.provenance import provenance
 from common.take_home import Small
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""What the published checkpoints were trained with."""
+
 
 class BasicBlock(nn.Module):
     """Two 3 x 3 convolutions and a shortcut without parameters ("option A")."""
@@ -91,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.perf_counter()
     try:
         model = from_checkpoint(options.checkpoint)
-        data = load(options.data, image_size=32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+        data = load(options.data, image_size=32, mean=MEAN, std=STD)
         blocks = len(model.layer1)
         run = compress_network(
             model,

@@ -33,7 +33,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import peers
-from benchmarks.cifar_resnet import from_checkpoint
+from benchmarks.cifar_resnet import MEAN, STD, from_checkpoint
 from common import data
 from common.compress import factorize, reconstruct
 from common.configuration import Configuration
@@ -52,9 +52,6 @@ from common.search import (
     blended_sensitivity,
     measured_sensitivity,
 )
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""What the checkpoints were trained with."""
 
 RULES = ("uniform", "energy", "vbmf")
 SAMPLERS = ("policy", "tpe")

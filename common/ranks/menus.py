@@ -33,7 +33,7 @@ class MenuEntry:
     """One choice for a layer: its ranks (None: dense), its cost alone, and what it does to the layer's output.
 
     `error` is the relative squared error of the layer's output, 0 for dense. `seconds` is the layer's measured time per
-    batch in its fastest execution plan, None unless `common.latency_menus` measured it.
+    batch in its fastest execution plan, None unless `common.ranks.timed_menus` measured it.
     """
 
     ranks: Ranks | None
@@ -75,7 +75,7 @@ class CostMeasure:
         if self.dense_seconds is None:
             return self.share(entry.flops, entry.params, factors)
         if entry.seconds is None:
-            raise ValueError("latency is the cost, but the menus' times were not measured: see common.latency_menus")
+            raise ValueError("latency is the cost, but the menus' times were not measured: see time_menus")
         return entry.seconds / self.dense_seconds
 
 

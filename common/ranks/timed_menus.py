@@ -1,6 +1,10 @@
 """Menus priced by what a layer really costs: its measured time in its fastest execution plan.
 
 With these menus a budget is a share of the dense network's time, so a search aims at a speed-up instead of at FLOPs.
+
+A layer that is timed alone finds its input in cache and in the layout that suits it, and pays for no step to its
+neighbours. So where a runtime says what each of its kernels takes, entries are timed where they will run: in as many
+networks as the longest menu has entries, each with all its layers about as far along their menus.
 """
 
 from __future__ import annotations
@@ -17,7 +21,9 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from ..compress import Factors, ModelFactors
+from ..configuration import Configuration
 from ..deploy import Measure, Target, choose_plan, deploy, plain_layer, timer
+from ..deploy.profile import PROFILED, Kernel, profile
 from ..files import write_text
 from ..inputs import Inputs
 from ..modules import laid_out
@@ -52,23 +58,77 @@ def time_menus(
     runtime: str = "torch",
     threads: int | None = None,
     rounds: int = 5,
+    in_network: bool = True,
     cache: Path | None = None,
     progress: bool = True,
 ) -> MenuTimes:
-    """Time every entry of every menu, each layer alone, in its fastest plan; layers of one shape are timed once.
-
-    Let nothing else run at the time.
+    """Time every entry of every menu in its fastest plan. Let nothing else run at the time.
 
     Args:
         example: `(N, C, H, W)` images of the batch size and on the device that the network is meant for.
-        runtime: "torch" or "onnxruntime".
+        runtime: one of `common.deploy.runtimes.RUNTIMES`.
+        in_network: time entries in whole networks, where the runtime says what its kernels take; else, and for
+            others, each layer alone, those of one shape once.
         cache: a JSON file; times found there are taken as they are, so that a resumed search sees the same prices.
     """
     if cache is not None and cache.exists():
         return MenuTimes(**json.loads(cache.read_text()))
-    target = Target(runtime, False, False, threads or torch.get_num_threads())
     dense = deploy(factors.model, example, runtime=runtime, threads=threads, rounds=rounds)
-    measure = timer(target.layer_run, rounds=rounds, threads=threads)
+    entries = None
+    if in_network and runtime in PROFILED:
+        entries = _in_networks(factors, menus, example, runtime, threads, rounds, progress)
+    if entries is None:
+        target = Target(runtime, False, False, threads or torch.get_num_threads())
+        entries = _alone(factors, menus, example, timer(target.layer_run, rounds=rounds, threads=threads), progress)
+    times = MenuTimes(dense.measured_seconds, entries)
+    if cache is not None:
+        write_text(cache, json.dumps(asdict(times), indent=1))
+    return times
+
+
+def _in_networks(
+    factors: ModelFactors,
+    menus: Menus,
+    example: Inputs,
+    runtime: str,
+    threads: int | None,
+    rounds: int,
+    progress: bool,
+) -> dict[str, list[float]] | None:
+    """Layer -> seconds of its entries, each the median over the networks that it is in; None where kernels bear names
+    by which a layer cannot be told."""
+    found: dict[str, list[list[float]]] = {name: [[] for _ in menu] for name, menu in menus.items()}
+    most = max(map(len, menus.values()))
+    for step in tqdm(range(most), desc="timing menus", unit="network", disable=not progress):
+        # Shorter menus are walked along evenly: each of their entries is met at least once.
+        chosen = {name: step * (len(menu) - 1) // max(most - 1, 1) for name, menu in menus.items()}
+        ranks = {name: menus[name][place].ranks for name, place in chosen.items()}
+        network = factors.compress(Configuration({name: one for name, one in ranks.items() if one is not None}))
+        deployed = deploy(network, example, runtime=runtime, threads=threads, rounds=rounds)
+        kernels = profile(deployed.model, example, runtime=runtime, threads=threads, rounds=2 * rounds)
+        for name, seconds in _by_layer(kernels, menus).items():
+            found[name][chosen[name]].append(seconds)
+    if not all(all(map(max, entries)) for entries in found.values()):
+        return None
+    return {name: [statistics.median(seconds) for seconds in entries] for name, entries in found.items()}
+
+
+def _by_layer(kernels: list[Kernel], menus: Menus) -> dict[str, float]:
+    """Seconds of every layer: its stages', and of what goes on with their outputs."""
+    seconds = dict.fromkeys(menus, 0.0)
+    for kernel in kernels:
+        parts = kernel.layer.split(".")
+        owners = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+        owner = next((name for name in owners if name in menus), None)
+        if owner is not None:
+            seconds[owner] += kernel.seconds
+    return seconds
+
+
+def _alone(
+    factors: ModelFactors, menus: Menus, example: Inputs, measure: Measure, progress: bool
+) -> dict[str, list[float]]:
+    """Layer -> seconds of its entries, on noise; layers of one shape are timed once."""
     known: dict[tuple, list[float]] = {}
     entries = {}
     for name, menu in tqdm(menus.items(), desc="timing menus", unit="layer", disable=not progress):
@@ -77,10 +137,7 @@ def time_menus(
         if key not in known:
             known[key] = _entry_seconds(layer, menu, _inputs(layer, example), measure)
         entries[name] = known[key]
-    times = MenuTimes(dense.measured_seconds, entries)
-    if cache is not None:
-        write_text(cache, json.dumps(asdict(times), indent=1))
-    return times
+    return entries
 
 
 def _entry_seconds(layer: Factors, menu: tuple[MenuEntry, ...], inputs: Tensor, measure: Measure) -> list[float]:

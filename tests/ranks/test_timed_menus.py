@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from common.compress import factorize
+from common.deploy.profile import PROFILED, Kernel
 from common.ranks import build_menus
 from common.ranks import timed_menus as latency_menus
 from common.search import MenuCosts, Policy, proxy_sensitivity
@@ -33,6 +34,36 @@ def test_every_entry_is_timed_and_the_times_are_kept(factors, menus, tmp_path):
     again = latency_menus.time_menus(factors, menus, example, rounds=2, cache=cache, progress=False)
     assert again == times
     assert json.loads(cache.read_text())["dense_network"] == times.dense_network
+
+
+@pytest.mark.apart
+@pytest.mark.parametrize("runtime", PROFILED)
+def test_entries_are_timed_in_networks_by_the_kernels_that_hold_their_weights(factors, menus, runtime):
+    example = torch.randn(2, 3, 12, 12)
+    times = latency_menus.time_menus(factors, menus, example, runtime=runtime, rounds=2, progress=False)
+    assert {name: len(seconds) for name, seconds in times.entries.items()} == {n: len(m) for n, m in menus.items()}
+    assert all(second > 0 for seconds in times.entries.values() for second in seconds)
+
+
+def test_a_layer_takes_what_its_stages_take_and_what_goes_on_with_them(menus):
+    first, last = menus
+    kernels = [
+        Kernel("a", f"{first}.0", "Conv", 1.0, 0, 0),
+        Kernel("b", f"{first}.1", "Conv", 2.0, 0, 0),
+        Kernel("c", first, "Relu", 4.0, 0, 0),
+        Kernel("d", last, "Conv", 8.0, 0, 0),
+        Kernel("e", "", "Add", 16.0, 0, 0),
+        Kernel("f", f"{first}x", "Conv", 32.0, 0, 0),
+    ]
+    assert latency_menus._by_layer(kernels, menus) == {first: 7.0, last: 8.0}
+
+
+def test_layers_are_timed_alone_where_a_runtime_does_not_tell_its_kernels_apart(factors, menus, monkeypatch):
+    nameless = [Kernel("a", "", "Conv", 1.0, 0, 0)]
+    monkeypatch.setattr(latency_menus, "profile", lambda *args, **options: nameless)
+    example = torch.randn(2, 3, 12, 12)
+    times = latency_menus.time_menus(factors, menus, example, runtime="onnxruntime", rounds=2, progress=False)
+    assert all(second > 0 for seconds in times.entries.values() for second in seconds)
 
 
 def test_entries_that_are_not_faster_than_dense_are_dropped(factors, menus):
