@@ -142,7 +142,8 @@ def table(content: Mapping[str, Any]) -> str:
         f"{content['network']}, {content['image_size']} px, {content['runtime']}, batch {content['batch']}; no "
         f"training; the best of {content['candidates']} candidates by divergence on validation; dense: "
         f"{dense['test_accuracy']:.4f} on test, {1e3 * dense['seconds']:.2f} ms. {facts['machine']}, "
-        f"{facts['threads']} threads, revision {facts['git_revision']}, load average before the timings {dense['load_average']:.1f}."
+        f"{facts['threads']} threads, revision {facts['git_revision']}, load average before the timings "
+        f"{dense['load_average']:.1f}."
     )
     return "\n\n".join(parts)
 

@@ -300,18 +300,20 @@ def _simulated(content: Mapping[str, Any]) -> str:
     for row in rows:
         each = 1e3 * row["driver"] / row["candidates"]
         whole = (f"{row['driver'] + row['makespan'][count]:,.0f} ({_efficiency(row, count):.0%})" for count in counts)
-        lines.append([row["generation"], row["candidates"], f"{each:.1f}", f"{row['opening']:.1f}", *whole])
+        limit = f"{row['makespan']['1'] / row['driver']:,.0f}"
+        lines.append([row["generation"], row["candidates"], f"{each:.1f}", limit, f"{row['opening']:.1f}", *whole])
     heads = [
         "generation",
         "candidates",
         "driver, ms each",
+        "workers it feeds",
         "opening, s",
         *(f"{count} worker{'' if count == '1' else 's'}, s" for count in counts),
     ]
     note = (
         f"Seconds of a search whose candidates take {content['median_seconds']:g} s (median; the logarithm's standard "
         f"deviation {SPREAD}) for {content['layers']} layers: the driver's, measured, and the workers', simulated; in "
-        "brackets the share of the workers' time that is used."
+        "brackets the share of the workers' time in use. With more workers than it feeds, the driver is the limit."
     )
     return f"{tabulate(lines, heads, tablefmt='github', disable_numparse=True)}\n\n{note}"
 

@@ -1,6 +1,7 @@
 """Data sets: splits that are seeded, stratified and apart; batches that are what the format promises."""
 
 import os
+import pickle
 from itertools import product
 
 import numpy as np
@@ -419,6 +420,17 @@ def test_an_image_without_a_known_range_or_too_large_is_named(tmp_path, monkeypa
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(ValueError, match=r"\.png is not a readable image"):
         load(f"folder:{tmp_path}", image_size=8, val_fraction=0.25)
+
+
+def test_a_folder_on_disk_travels_as_the_names_of_its_files(image_folder):
+    """Workers of a cluster are sent the split: each reads the images where they lie."""
+    split = load(f"folder:{image_folder}", image_size=64, memory_limit=1).train
+    sent = pickle.dumps(split)
+    assert len(sent) < len(split) * 500 < len(split) * 3 * 64 * 64
+    arrived = pickle.loads(sent)
+    for here, there in zip(split.batches(8), arrived.batches(8), strict=True):
+        assert torch.equal(here.images, there.images)
+        assert torch.equal(here.labels, there.labels)
 
 
 def test_a_folder_on_disk_is_read_without_a_fork(monkeypatch, image_folder):
