@@ -3,6 +3,7 @@
     python benchmarks/latency.py                                     # three networks, batch 1 and 16, 224 px
     python benchmarks/latency.py --models resnet18 --config uniform:0.25 --runtimes onnxruntime
     python benchmarks/latency.py --models vgg16 --config found.safetensors
+    python benchmarks/latency.py --models vgg16 --config results/mnist-224/vgg16-mnist-224-cpu-seed0.json:0.025-36
 
 Writes latency.json after every measured case, and tables and plots from it. The same command goes on where an
 interrupted one stopped. Weights are random unless a file is given: latency does not depend on them. Let nothing else
@@ -31,6 +32,7 @@ if __package__ in (None, ""):
 
 from benchmarks.latency_peers import PEERS, Subject
 from benchmarks.latency_report import write_report
+from benchmarks.peers import versions
 from common.compress import factorize
 from common.configuration import Configuration
 from common.cost import count_flops, count_params, latency_samples, summarise
@@ -46,6 +48,7 @@ RUNTIMES: dict[str, dict[str, Any]] = {
     "compile": {"compile": True},
     "cuda-graph": {"cuda_graph": True},
     "onnxruntime": {"runtime": "onnxruntime"},
+    "openvino": {"runtime": "openvino"},
 }
 """Name -> what `deploy` is asked for."""
 
@@ -65,6 +68,11 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.runtime}, {self.dtype}, batch {self.batch}"
+
+    @property
+    def in_torch(self) -> bool:
+        """Other runtimes lay out feature maps by themselves, and take float32."""
+        return RUNTIMES[self.runtime].get("runtime", "torch") == "torch"
 
 
 class Network:
@@ -110,9 +118,17 @@ class Network:
 
 
 def _configuration(factors: Any, text: str | None, kept: float) -> dict:
-    """`uniform:FRACTION`, a configuration as logs hold it, or by default the policy's mode within the FLOPs kept."""
+    """`uniform:FRACTION`, a configuration as logs hold it, `LOG.json:TRIAL`, or by default the policy's mode within the
+    FLOPs kept."""
     if text is not None and text.startswith("uniform:"):
         return uniform(factors, float(text.removeprefix("uniform:")))
+    if text is not None and ".json:" in text:
+        path, trial = text.rsplit(":", 1)
+        records = json.loads(Path(path).read_text(encoding="utf-8"))["candidates"]
+        found = [record["config_str"] for record in records if record["trial"] == trial]
+        if not found:
+            raise ValueError(f"{path} has no candidate {trial}")
+        text = found[-1]
     if text is not None:
         return Configuration.parse(text)
     cost = CostMeasure(flops=1, params=1)
@@ -133,7 +149,7 @@ def measure_case(network: Network, case: Case, rounds: int, device: torch.device
     example = torch.randn(case.batch, *network.input_shape, generator=torch.Generator().manual_seed(0))
     example = example.to(device=device, dtype=dtype)
     options = {**RUNTIMES[case.runtime], "dtype": dtype, "rounds": rounds}
-    if case.runtime != "onnxruntime":
+    if case.in_torch:
         options["memory_format"] = "measure"
 
     deployed = {"dense": deploy(network.dense, example, **options)}
@@ -220,15 +236,16 @@ def main(arguments: list[str] | None = None) -> int:
     }
     folder = Path(options.out)
     cases = [Case(r, d, b) for r in options.runtimes for d in options.dtypes for b in options.batches]
-    cases = [case for case in cases if case.runtime != "onnxruntime" or case.dtype == "float32"]
+    cases = [case for case in cases if case.in_torch or case.dtype == "float32"]
     try:
-        results = Results(folder, settings, provenance(device, options.seed))
+        origin = provenance(device, options.seed) | ({"peers": versions()} if options.peers else {})
+        results = Results(folder, settings, origin)
         for model in options.models:
             if results.has(model, cases):
                 print(f"{model}: measured before, in {results.path}")
                 continue
             _measure_network(model, options, cases, device, results)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(write_report(results.data, folder))
@@ -261,8 +278,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=["resnet18", "alexnet", "vgg16"], help="networks by name")
     parser.add_argument(
         "--config",
-        help="uniform:FRACTION, a configuration as logs hold it, or a file of save_compressed; by default the policy's "
-        "choice at 20 %% of the dense FLOPs (VGG16: 15 %%)",
+        help="uniform:FRACTION, a configuration as logs hold it, LOG.json:TRIAL, or a file of save_compressed; by "
+        "default the policy's choice at 20 %% of the dense FLOPs (VGG16: 15 %%)",
     )
     parser.add_argument("--image-size", type=int, default=224, help="pixels (default 224)")
     parser.add_argument("--num-classes", type=int, default=10, help="outputs of the networks (default 10)")

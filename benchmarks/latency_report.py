@@ -66,6 +66,8 @@ def notes(data: Mapping[str, Any]) -> list[str]:
         "params and FLOPs (multiply-accumulates of convolutions and linear layers for one image) in % of dense. "
         "compressed is ours, with execution plans chosen by measurement.",
     ]
+    if origin.get("peers"):
+        lines.append("Peers: " + ", ".join(f"{name} {version}" for name, version in origin["peers"].items()) + ".")
     found: dict[str, str] = {}
     for network, entry in data["networks"].items():
         for case, measured in entry["cases"].items():

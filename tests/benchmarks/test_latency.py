@@ -56,11 +56,23 @@ def test_configurations_by_text_file_and_policy(tmp_path):
     save_compressed(by_text.compressed, path, architecture="squeezenet1_1", num_classes=10, image_size=64)
     by_file = Network("squeezenet1_1", str(path), 64, 10, seed=0)
     assert by_file.sizes == by_text.sizes
+    log = tmp_path / "run.json"
+    log.write_text(json.dumps({"candidates": [{"trial": "0.3-1", "config_str": text}]}))
+    assert Network("squeezenet1_1", f"{log}:0.3-1", 64, 10, seed=0).config == text
+    with pytest.raises(ValueError, match=r"has no candidate 0\.3-2"):
+        Network("squeezenet1_1", f"{log}:0.3-2", 64, 10, seed=0)
     by_policy = Network("squeezenet1_1", None, 64, 10, seed=0)
     share = by_policy.sizes["compressed"]["flops"] / by_policy.sizes["dense"]["flops"]
     assert 0.1 < share <= 0.20
     with pytest.raises(ValueError, match="holds a squeezenet1_1, but resnet18 was asked for"):
         Network("resnet18", str(path), 64, 10, seed=0)
+
+
+@pytest.mark.apart
+def test_openvino_beside_the_others(tmp_path):
+    assert run(tmp_path, *UNIFORM, "--runtimes", "openvino", "--no-peers") == 0
+    cases = json.loads((tmp_path / "latency.json").read_text())["networks"]["squeezenet1_1"]["cases"]
+    assert set(cases["openvino, float32, batch 1"]["variants"]) == {"dense", "compressed"}
 
 
 def test_peers_use_the_flops_allowed(monkeypatch):
