@@ -19,6 +19,7 @@ from common.reports import (
     group_runs,
     load_runs,
     render,
+    standard,
 )
 
 STYLES = ("txt", "csv", "md", "html")
@@ -104,7 +105,7 @@ def draw(
                 params_reduction=1 - smallest.params_kept,
                 flops_reduction=1 - smallest.flops_kept,
                 accuracy=smallest.record["accuracy"],
-                baseline_accuracy=smallest.baseline["accuracy"],
+                baseline_accuracy=standard(smallest.baseline),
                 speedup=smallest.speedup,
             )
         )

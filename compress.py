@@ -71,6 +71,7 @@ def _run(options: argparse.Namespace) -> int:
         storage=options.storage,
         learning_rate=options.learning_rate,
         tolerance=options.max_loss,
+        control=options.control,
         augment=options.augment,
         leave_dense=options.leave_dense,
         seed=options.seed,
@@ -154,6 +155,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-loss", type=float, default=0.01, help="accuracy that may be lost (default: 0.01)")
     parser.add_argument("--epochs", type=int, default=3, help="of fine-tuning, 0 for none (default: 3)")
+    parser.add_argument(
+        "--control",
+        action="store_true",
+        help="train the dense network on as long, and count losses from the better of the two",
+    )
     parser.add_argument("--learning-rate", type=float, default=0.01)
     parser.add_argument(
         "--no-augment",

@@ -22,7 +22,7 @@ from .deployed_set import DeployedSet
 from .finetune import Baseline, baseline, evaluate, recipe
 from .presets import RunSettings
 from .run import Run, step
-from .search import Finalist, FinetuneSettings, Screener, finetune_promoted
+from .search import FinetuneSettings, Screener, Trainer, split_trainer
 
 __all__ = ["DeployedSet", "Experiment"]
 
@@ -72,7 +72,7 @@ class Experiment(Run):
     def final_score(self, model: nn.Module) -> float:
         return evaluate(model, self.load_data().test).accuracy
 
-    def dense_validation(self) -> float:
+    def validate_dense(self) -> float:
         return self.prepare_baseline().val_accuracy
 
     @step
@@ -88,18 +88,12 @@ class Experiment(Run):
         return Screener(factors, calibration, self.load_data().val, limit=self.settings.screen_images)
 
     @step
-    def finetune(self) -> list[Finalist]:
-        """The promoted candidates that fine-tuning brought to its end, evaluated once on test, and the failed ones."""
-        s, dataset, promoted, log = self.settings, self.load_data(), self.promote(), self.open_log()
+    def make_trainer(self) -> Trainer:
+        """Trains by the model's recipe, distilling from the dense network; tests once, on test."""
+        s, dataset = self.settings, self.load_data()
         training = s.finetune_recipe(len(dataset.train))
-        settings = FinetuneSettings(training, s.model, self.dense_score(), tolerance=s.tolerance)
-        screener, folder = self.make_screener(), s.state_folder
-        with self._workers() as workers:
-            finalists = finetune_promoted(
-                promoted, screener, dataset, settings, folder, log, executor=workers, progress=self.progress
-            )
-        log.header({"search_seconds": self.search_seconds()})
-        return finalists
+        plan = FinetuneSettings(training, s.model, self.dense_score(), tolerance=s.tolerance)
+        return split_trainer(self.dense_model(), dataset, plan, s.state_folder)
 
     def header(self) -> dict[str, Any]:
         s = self.settings

@@ -39,6 +39,8 @@ class SearchKnobs:
         screen_images: validation images that a candidate is screened on.
         promote: candidates fine-tuned per budget, before halving.
         tolerance: accuracy that an accepted candidate may lose.
+        control: train the dense network on as long as candidates are, by the same recipe, and count losses from the
+            better of the two: what more training alone brings is no merit of a compressed network, nor missing in it.
         latency_batch: images per batch when speed is measured.
         runtime: torch, onnxruntime or openvino; what both sides are deployed to.
         int8: measure both sides quantised to int8 as well, in a runtime that has it.
@@ -64,6 +66,7 @@ class SearchKnobs:
     screen_images: Annotated[int, Field(ge=1, description="a number of images, at least 1")] = 2000
     promote: Annotated[int, Field(ge=1, description="a number per budget, at least 1")] = 2
     tolerance: Annotated[float, Field(ge=0, lt=1, description="a share of accuracy in [0, 1)")] = 0.02
+    control: bool = False
     latency_batch: Annotated[int, Field(ge=1, le=65_536, description="a number of images, at least 1")] = 16
     runtime: Annotated[Literal[RUNTIMES], Field(description=one_of(RUNTIMES))] = "onnxruntime"
     int8: bool = False

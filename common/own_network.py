@@ -26,13 +26,12 @@ from .deployed_set import INT8_IMAGES
 from .finetune import TrainSettings
 from .inputs import Inputs, first, like_model, sample
 from .judge import Judge, Validation
-from .knee import budget_of_speedup, seek
+from .knee import budget_of_speedup
 from .knobs import SearchKnobs
 from .modules import unwrapped
 from .reports import plots
 from .run import Run, step
 from .search import (
-    AcceptanceRule,
     BatchTrainer,
     CallbackTrainer,
     Finalist,
@@ -40,8 +39,8 @@ from .search import (
     Policy,
     Screener,
     Search,
+    Trainer,
     configuration,
-    finetune_with,
 )
 from .take_home import Small
 
@@ -135,7 +134,7 @@ def compress_network(
         details: kept in the files, such as {"classes": [...], "mean": [...], "std": [...]}.
         knobs: others of `NetworkSettings`: cost, candidates, sampler, sensitivity, promote, tolerance, learning_rate,
             distill_weight, augment (of our own splits; others are the loader's affair), latency_batch, runtime, int8,
-            generation, executor, address, workers, threads, storage, seed, layers.
+            generation, executor, address, workers, threads, storage, seed, layers, control.
 
     Returns:
         the finished run: its table, its best network, its log.
@@ -168,8 +167,6 @@ def compress_network(
     task = Task(dense, train, val, test, evaluate, finetune, loss, details or {})
     found = NetworkRun(settings, task, progress=progress)
     found.dense_score()  # first of all: a measure that does not work shows now, and not after the search
-    if max_loss is not None:
-        seek(found, max_loss)
     found.deploy()
     return found
 
@@ -303,7 +300,7 @@ class NetworkRun(Run):
         return self.final_score(self.task.model)
 
     @step
-    def dense_validation(self) -> float | None:
+    def validate_dense(self) -> float | None:
         """Of what candidates are judged by: all of validation, or, where nothing is trained, what is screened."""
         if not self.settings.finetune_epochs:
             return self.make_screener().score_of(self.task.model)
@@ -321,9 +318,9 @@ class NetworkRun(Run):
         return Judge(self.task.val if self.task.test is None else self.task.test, self.task.evaluate)
 
     @step
-    def finetune(self) -> list[Finalist]:
-        """The promoted candidates, fine-tuned, with their final score; and the failed ones."""
-        s, screener, promoted, log = self.settings, self.make_screener(), self.promote(), self.open_log()
+    def make_trainer(self) -> Trainer:
+        """Trains on the user's batches, or by the user's own function."""
+        s, screener = self.settings, self.make_screener()
         has_score = self.dense_score() is not None
         settings = TrainSettings(
             epochs=max(s.finetune_epochs, 1),
@@ -345,14 +342,7 @@ class NetworkRun(Run):
             details=self.task.details,
             **({} if self.task.finetune is None else {"finetune": self.task.finetune}),
         )
-        trainer = trainer if s.finetune_epochs else replace(trainer, untrained=True)
-        rule = AcceptanceRule(self.dense_score(), s.tolerance)
-        with self._workers() as workers:
-            finalists = finetune_with(
-                promoted, screener, trainer, rule, s.state_folder, log, executor=workers, progress=self.progress
-            )
-        log.header({"search_seconds": self.search_seconds()})
-        return finalists
+        return trainer if s.finetune_epochs else replace(trainer, untrained=True)
 
     def header(self) -> dict[str, Any]:
         shapes = [list(leaf.shape[1:]) for leaf in tree_leaves(self.draw_calibration())]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -36,6 +36,7 @@ class RunSettings(SearchKnobs):
         split_seed: of the validation split, the training subset and the baseline's training. Runs that differ in `seed`
             alone share it: what one of them validates on was never trained on by their common baseline.
         baselines: where checkpoints of dense networks lie.
+        control: see `SearchKnobs`; part of the protocol here.
     """
 
     model: str
@@ -50,6 +51,7 @@ class RunSettings(SearchKnobs):
     finetune_epochs: Annotated[int, Field(ge=1, le=3, description="1 to 3 epochs")] = 3
     split_seed: Annotated[int, Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")] = 0
     baselines: str = "finetuned/saved_models"
+    control: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", canonical_name(self.model))

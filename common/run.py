@@ -27,14 +27,17 @@ from .deploy import Deployed, deploy
 from .deployed_set import IN_INT8, DeployedSet, deploy_all
 from .files import exclusive, write_text
 from .inputs import Inputs, first, length
+from .knee import seek
 from .provenance import provenance
 from .ranks import CostMeasure, Menus, build_menus, meet_budget, time_menus
 from .reports import RunLog
 from .search import (
+    CONTROL,
     AcceptanceRule,
     CandidateFailed,
     Executor,
     Finalist,
+    Finetuning,
     LocalExecutor,
     RayExecutor,
     RaySettings,
@@ -44,12 +47,15 @@ from .search import (
     Search,
     SearchSettings,
     StepClock,
+    Trainer,
     blended_sensitivity,
     epoch_seconds,
+    finetune_with,
     measured_sensitivity,
     promote,
     proxy_sensitivity,
     search_seconds,
+    train_control,
 )
 
 Result = TypeVar("Result")
@@ -62,6 +68,7 @@ MAY_CHANGE = (
     "candidates",
     "promote",
     "tolerance",
+    "control",
     "latency_batch",
     "runtime",
     "int8",
@@ -102,6 +109,7 @@ class Run(ABC):
         self.settings, self.progress = settings, progress
         self._done: dict[str, Any] = {}
         self._held = ExitStack()
+        self._edge_sought = False
 
     # --- what a front says ---------------------------------------------------------------------------------------
 
@@ -118,15 +126,15 @@ class Run(ABC):
         """What compresses a configuration and says what it is worth."""
 
     @abstractmethod
-    def finetune(self) -> list[Finalist]:
-        """The promoted candidates, fine-tuned, with their final score; and the failed ones."""
+    def make_trainer(self) -> Trainer:
+        """How candidates are trained, tested and kept."""
 
     @abstractmethod
     def dense_score(self) -> float | None:
         """The dense network's final score; None where there is no metric."""
 
     @abstractmethod
-    def dense_validation(self) -> float | None:
+    def validate_dense(self) -> float | None:
         """The dense network's score on validation, as candidates have theirs; None where there is no metric."""
 
     @abstractmethod
@@ -215,8 +223,17 @@ class Run(ABC):
 
     @step
     def solve_policies(self) -> Search:
-        """The search, with its policies solved and nothing screened yet."""
+        """The search, with its policies solved; for a `max_loss` at the budgets that led to it, all of them screened
+        and fine-tuned by then."""
         s = self.settings
+        if s.max_loss is not None and not self._edge_sought:
+            self._edge_sought = True
+            try:
+                seek(self, s.max_loss)
+            except BaseException:
+                self._edge_sought = False
+                raise
+            return self.solve_policies()
         menus, cost = self.price_menus()
         settings = SearchSettings(
             budgets=s.budgets,
@@ -266,6 +283,49 @@ class Run(ABC):
     def promote(self) -> list[Record]:
         """The best candidates of each budget."""
         return promote(self.screen(), self.settings.promote, self.solve_policies().settings.objective)
+
+    @step
+    def dense_control(self) -> Record | None:
+        """The dense network, trained as long as candidates are by the same recipe: its scores; None where the run has
+        no such control, or it failed."""
+        trainer = self.make_trainer()
+        if not self.settings.control or not trainer.epochs or self.dense_score() is None:
+            return None
+        rule = AcceptanceRule(self.dense_score(), self.settings.tolerance)
+        common = Finetuning(self.make_screener(), trainer, rule, self.settings.state_folder)
+        with self._workers() as workers:
+            control = train_control(common, workers, self.open_log())
+        if control is not None:
+            kept = ("accuracy", "val_accuracy", "epochs", "finetune_seconds")
+            self.open_log().header({"dense_control": {key: control[key] for key in kept}})
+        return control
+
+    def dense_validation(self) -> float | None:
+        """What losses on validation are counted from: the better of the dense network and its control."""
+        return self._better(self.validate_dense(), "val_accuracy")
+
+    def _better(self, score: float | None, key: str) -> float | None:
+        control = self.dense_control()
+        return score if control is None else max(score, control[key])
+
+    @step
+    def finetune(self) -> list[Finalist]:
+        """The promoted candidates that fine-tuning brought to its end, with their final score; and the failed ones."""
+        s, promoted, log = self.settings, self.promote(), self.open_log()
+        rule = AcceptanceRule(self._better(self.dense_score(), "accuracy"), s.tolerance)
+        with self._workers() as workers:
+            finalists = finetune_with(
+                promoted,
+                self.make_screener(),
+                self.make_trainer(),
+                rule,
+                s.state_folder,
+                log,
+                executor=workers,
+                progress=self.progress,
+            )
+        log.header({"search_seconds": self.search_seconds()})
+        return finalists
 
     def search_seconds(self) -> dict[str, float]:
         """What the search has cost so far; see `common.search.clock.search_seconds`."""
@@ -317,14 +377,16 @@ class Run(ABC):
         return found
 
     def best(self) -> Finalist:
-        """The finalist of fewest FLOPs among those that lose at most the tolerance on validation.
+        """The finalist of fewest FLOPs among those that lose at most `max_loss` (without one, the tolerance) on
+        validation.
 
         Raises:
             ValueError: there is none.
         """
-        accepted = self.within(self.settings.tolerance)
+        loss = self.settings.tolerance if self.settings.max_loss is None else self.settings.max_loss
+        accepted = self.within(loss)
         if not accepted:
-            raise ValueError(f"no finalist kept its accuracy within {self.settings.tolerance}: raise a budget")
+            raise ValueError(f"no finalist kept its accuracy within {loss}: raise a budget")
         return min(accepted, key=lambda one: one.record["flops"])
 
     def within(self, loss: float) -> list[Finalist]:
@@ -358,6 +420,9 @@ class Run(ABC):
             }
 
         rows = rows_of("dense", factors.dense_params, factors.dense_flops, self.dense_score())
+        control = self.dense_control()
+        if control is not None:
+            rows.append({**rows[0], "network": CONTROL, self.score_name: control["accuracy"]})
         for finalist in self.finetune():
             record = finalist.record
             if finalist.path is None:

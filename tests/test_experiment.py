@@ -7,6 +7,7 @@ from common.experiment import Experiment
 from common.notebook import summary
 from common.presets import preset
 from common.reports import read_log
+from common.search import CONTROL
 
 TINY = {
     "train_limit": 200,
@@ -40,10 +41,55 @@ def test_a_run_ends_in_rows_that_its_log_repeats(finished):
     log = read_log(folder / experiment.settings.log_path)
     assert log.counts()["tried"] == 2
     tuned = [record for record in log.candidates if record["status"] == "fine-tuned"]
-    assert [record["trial"] for record in tuned] == [row["network"] for row in rows[1:]]
-    for record, row in zip(tuned, rows[1:], strict=True):
+    assert [record["trial"] for record in tuned] == [row["network"] for row in rows[2:]]
+    for record, row in zip(tuned, rows[2:], strict=True):
         assert record["flops"] <= 0.3 * experiment.factorize().dense_flops
         assert record["baseline_inference_time"] / record["inference_time"] == pytest.approx(row["speed-up"])
+
+
+def test_the_dense_network_trained_on_as_long_stands_beside_it(finished):
+    experiment, rows, folder = finished
+    dense, control = rows[:2]
+    assert control["network"] == CONTROL
+    assert control["parameters"] == dense["parameters"]
+    assert control["test accuracy"] != dense["test accuracy"]
+    known = read_log(folder / experiment.settings.log_path).header["dense_control"]
+    assert known["accuracy"] == control["test accuracy"]
+    assert known["epochs"] == experiment.settings.finetune_epochs
+    assert experiment.dense_validation() == max(known["val_accuracy"], experiment.validate_dense())
+    assert not list((folder / experiment.settings.state_folder).glob("dense-control*.safetensors"))
+
+
+def test_losses_are_counted_from_the_better_of_the_two(finished, monkeypatch):
+    experiment, _, _ = finished
+    [finalist] = [one for one in experiment.finetune() if one.path is not None]
+    own = finalist.record["val_accuracy"]
+    monkeypatch.setattr(experiment, "validate_dense", lambda: own)
+    for ahead, accepted in ((0.02, False), (-0.02, True)):
+        monkeypatch.setattr(experiment, "dense_control", lambda ahead=ahead: {"val_accuracy": own + ahead})
+        assert bool(experiment.within(0.01)) == accepted
+
+
+def test_a_control_is_left_out_where_nobody_asks_for_it(finished):
+    experiment, rows, _ = finished
+    without = tiny(control=False)
+    assert [row["network"] for row in without.summary()] == [
+        row["network"] for row in rows if row["network"] != CONTROL
+    ]
+    without.close()
+    assert experiment.settings.control
+
+
+def test_max_loss_moves_the_budgets_until_accuracy_breaks(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr("common.knee.MOST_BUDGETS", 2)
+    experiment = tiny(max_loss=0.9, folder=str(tmp_path / "logs"), candidates=1)
+    assert experiment.screen()  # any verb seeks first
+    assert len(experiment.settings.budgets) == 2
+    first, second = experiment.settings.budgets
+    assert second < first  # with nine tenths to lose every budget holds
+    assert experiment.best().record["budget"] == second
+    assert "holds" in (tmp_path / "logs").glob("*.log").__next__().read_text()
+    experiment.close()
 
 
 def test_the_log_says_what_the_search_cost(finished):

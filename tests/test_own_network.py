@@ -11,15 +11,16 @@ from torch.utils.data import DataLoader
 import analyze_results
 import jsonify_logs
 from common import compress_network
+from common.compress import HTLayer
 from common.data import load
 from common.deploy import onnx_session
-from common.finetune import TrainSettings
+from common.finetune import TrainingDiverged, TrainSettings
 from common.inputs import first
 from common.models import CheckpointError, load_compressed
 from common.own_network import NetworkRun
 from common.ranks.timed_menus import MenuTimes
 from common.reports import read_log
-from common.search import BatchTrainer
+from common.search import CONTROL, BatchTrainer
 from tests.helpers import fitted, loaders_of
 
 QUICK = {
@@ -133,6 +134,39 @@ def test_no_training_at_all(trained, loaders, tmp_path):
     run = compress_network(trained, *loaders, budgets=(0.7,), folder=tmp_path, epochs=0, tolerance=0.9, **QUICK)
     assert run.best().record["epochs"] == 0
     assert run.best().record["accuracy"] is not None
+
+
+def test_a_control_is_trained_where_it_is_asked_for(trained, loaders, tmp_path):
+    run = compress_network(trained, *loaders, budgets=(0.6,), folder=tmp_path, epochs=1, control=True, **QUICK)
+    assert list(run.table().index[:2]) == ["dense", CONTROL]
+    control = run.table().loc[CONTROL]
+    assert control["speed-up"] == 1.0
+    assert run.dense_validation() == max(run.validate_dense(), run.dense_control()["val_accuracy"])
+    run.close()
+
+
+def test_a_frozen_network_is_trained_as_a_control_all_the_same(trained, loaders, tmp_path):
+    frozen = copy.deepcopy(trained).requires_grad_(False)
+    run = compress_network(frozen, *loaders, budgets=(0.6,), folder=tmp_path, epochs=1, control=True, **QUICK)
+    assert run.dense_control()["epochs"] == 1
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    run.close()
+
+
+def test_a_control_that_fails_is_said_and_left_out(trained, loaders, tmp_path):
+    def diverges(model, teacher, epochs):
+        if not any(isinstance(module, HTLayer) for module in model.modules()):
+            raise TrainingDiverged("the training loss became nan")
+
+    run = compress_network(
+        trained, *loaders, budgets=(0.6,), folder=tmp_path, epochs=1, finetune=diverges, control=True, **QUICK
+    )
+    assert CONTROL not in run.table().index
+    assert len(run.table()) == 2
+    assert (
+        "the training loss became nan; losses are counted from the dense network" in run.settings.log_path.read_text()
+    )
+    run.close()
 
 
 def test_layers_that_are_to_stay_dense_stay_so(trained, loaders, tmp_path):
@@ -274,7 +308,7 @@ def test_a_speedup_is_a_target(trained, loaders, tmp_path, monkeypatch):
 def test_a_speedup_out_of_reach_is_refused_by_what_can_be_reached(trained, loaders, tmp_path, monkeypatch):
     monkeypatch.setattr(NetworkRun, "measured_speedup", lambda *_: 1.11)
     with pytest.raises(ValueError, match=r"a speed-up of 3 cannot be reached: .* a speed-up of 1\.11"):
-        compress_network(trained, *loaders, speedup=3, folder=tmp_path, epochs=0, **QUICK)
+        compress_network(trained, *loaders, speedup=3, folder=tmp_path, epochs=0, runtime="torch", **QUICK)
 
 
 def test_a_measure_that_does_not_work_shows_before_the_search(trained, loaders, tmp_path):

@@ -16,7 +16,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from common.reports import Candidate, Group, caption, choose, family, group_runs, render
+from common.reports import Candidate, Group, caption, choose, family, group_runs, render, standard
 
 STRICT, LOOSE = 0.005, 0.02
 """Accuracy on test that may be lost, in the first and in the second table."""
@@ -97,7 +97,7 @@ def networks(runs: Sequence[Run], dataset: str) -> str:
                 f"{group.runs[0]['header']['image_size']} px",
                 _shrunk(found[0].baseline["params"], mean(one.record["params"] for one in found)),
                 _shrunk(found[0].baseline["flops"], mean(one.record["flops"] for one in found)),
-                f"{mean(one.baseline['accuracy'] for one in found):.4f} → "
+                f"{mean(standard(one.baseline) for one in found):.4f} → "
                 f"{mean(one.record['accuracy'] for one in found):.4f}",
                 f"{mean(one.speedup for one in found if one.speedup):.1f}x",
                 str(len(found)),

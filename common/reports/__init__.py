@@ -16,6 +16,7 @@ from .tables import (
     is_accepted,
     pareto_front,
     render,
+    standard,
 )
 
 __all__ = [
@@ -37,5 +38,6 @@ __all__ = [
     "read_log",
     "record_problem",
     "render",
+    "standard",
     "to_json",
 ]

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from .method_plots import MARKERS
-from .tables import pareto_front
+from .tables import pareto_front, standard
 
 COSTS = {"flops": "FLOPs per image (multiply-accumulates)", "params": "Parameters"}
 _TOLERANCES_SHOWN = 3.0
@@ -64,7 +64,7 @@ def _draw_tested(
     tolerance: float | None,
     chosen: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    floor = baseline["accuracy"] - _TOLERANCES_SHOWN * (tolerance or 0.02)
+    floor = standard(baseline) - _TOLERANCES_SHOWN * (tolerance or 0.02)
     inside = [one for one in tested if one["accuracy"] >= floor]
     below = [one[cost] for one in tested if one["accuracy"] < floor]
     if inside:
@@ -85,8 +85,9 @@ def _draw_tested(
     )  # fmt: skip
     if tolerance is not None:
         axes.axhline(
-            baseline["accuracy"] - tolerance, color="0.4", linestyle="--", linewidth=1,
-            label=f"accepted: baseline - {tolerance:g}",
+            standard(baseline) - tolerance, color="0.4", linestyle="--", linewidth=1,
+            label=f"accepted: {'baseline' if standard(baseline) == baseline['accuracy'] else 'dense, trained on'}"
+            f" - {tolerance:g}",
         )  # fmt: skip
     _ring_chosen(axes, chosen, cost)
     if below:

@@ -1,8 +1,9 @@
 """Finished runs from files: the JSON that `jsonify_logs.py` makes, logs, and folders of them."""
 
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,4 +63,16 @@ def _load(path: Path) -> dict[str, Any] | None:
 def _with_baseline(run: dict[str, Any], path: Path) -> dict[str, Any]:
     if run["baseline"] is None:
         raise ValueError(f"{path} has no baseline to compare with; its log lacks the line 'Baseline MODEL: ...'")
+    accuracy = _control_accuracy(run["header"])
+    if accuracy is not None:
+        run["baseline"]["control_accuracy"] = accuracy
     return run
+
+
+def _control_accuracy(header: Mapping[str, Any]) -> float | None:
+    """Of the dense network that was trained on as long as the candidates, where the log has it."""
+    control = header.get("dense_control")
+    accuracy = control.get("accuracy") if isinstance(control, dict) else None
+    if not isinstance(accuracy, float) or not math.isfinite(accuracy):
+        return None
+    return accuracy if "metric" in header or 0 <= accuracy <= 1 else None

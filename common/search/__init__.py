@@ -3,18 +3,27 @@
 from .clock import StepClock, search_seconds
 from .divergence import accuracy, kind_for
 from .executor import EXECUTORS, Executor, LocalExecutor
-from .finetuning import AcceptanceRule, Finalist, Finetuning
+from .finetuning import CONTROL, AcceptanceRule, Finalist, Finetuning
 from .policy import MenuCosts, Policy, configuration
-from .promotion import FinetuneSettings, epoch_seconds, finetune_promoted, finetune_with, promote
+from .promotion import (
+    FinetuneSettings,
+    epoch_seconds,
+    finetune_promoted,
+    finetune_with,
+    promote,
+    split_trainer,
+    train_control,
+)
 from .ray_executor import RayExecutor, RaySettings
 from .records import Record
 from .samplers import SAMPLERS, UPDATE_RATE, make_sampler, search_space, within_budget
 from .screening import CandidateFailed, Screener, Screening
 from .sensitivity import blended_sensitivity, measured_sensitivity, proxy_sensitivity
 from .study import GENERATION, Search, SearchSettings
-from .trainers import BatchTrainer, CallbackTrainer
+from .trainers import BatchTrainer, CallbackTrainer, Trainer
 
 __all__ = [
+    "CONTROL",
     "EXECUTORS",
     "GENERATION",
     "SAMPLERS",
@@ -38,6 +47,7 @@ __all__ = [
     "Search",
     "SearchSettings",
     "StepClock",
+    "Trainer",
     "accuracy",
     "blended_sensitivity",
     "configuration",
@@ -51,5 +61,7 @@ __all__ = [
     "proxy_sensitivity",
     "search_seconds",
     "search_space",
+    "split_trainer",
+    "train_control",
     "within_budget",
 ]

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from ..configuration import Configuration
 from ..files import write_text
 from ..finetune import EpochRecord, TrainingDiverged
 from ..models import load_compressed
@@ -24,6 +25,9 @@ from .screening import Screener
 from .trainers import Trainer
 
 EPOCHS_SUFFIX = ".epochs.json"
+
+CONTROL = "dense, trained on"
+"""What the dense network is called that was trained as long as the candidates."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,12 @@ class Finetuning:
                 raise
             return {"failed": reason}
 
+    def control(self) -> Record:
+        """The record that `until` trains as a candidate of which nothing is compressed; its network is not kept."""
+        factors = self.screener.factors
+        costs = {"params": factors.dense_params, "flops": factors.dense_flops}
+        return {"trial": CONTROL, "config": Configuration(), "budget": 1.0, "val_accuracy": None, **costs}
+
     def finished(self, record: Record) -> Finalist:
         """What a candidate that was finished came to, as its files say."""
         run = _CandidateRun(self, record)
@@ -106,6 +116,8 @@ class Finetuning:
 
 def stem_of(record: Record) -> str:
     """How the names of a candidate's files begin."""
+    if record["trial"] == CONTROL:
+        return "dense-control"
     return re.sub(r"[^\w.-]+", "-", f"candidate-{record['trial']}")
 
 
@@ -165,6 +177,7 @@ class _CandidateRun:
             "finetune_seconds": sum(one["seconds"] for one in epochs),
             "finetune": dict(trainer.facts),
         }
-        trainer.save(model, self.weights, config, {"accuracy": score, "trial": self.record["trial"]})
+        if self.record["trial"] != CONTROL:
+            trainer.save(model, self.weights, config, {"accuracy": score, "trial": self.record["trial"]})
         write_text(self.result, json.dumps(stored(record), indent=1))
         self.checkpoint.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from ..finetune import EpochRecord, TrainSettings, evaluate, teacher_logits, tra
 from ..models import load_compressed, save_compressed
 from ..reports import RunLog
 from .executor import Executor, LocalExecutor
-from .finetuning import EPOCHS_SUFFIX, AcceptanceRule, Finalist, Finetuning
+from .finetuning import CONTROL, EPOCHS_SUFFIX, AcceptanceRule, Finalist, Finetuning
 from .records import Record
 from .screening import Screener
 from .study import OBJECTIVES
@@ -84,11 +84,30 @@ def finetune_promoted(
 
     See `finetune_with`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    teacher = teacher_logits(screener.factors.model, dataset, folder) if plan.settings.distill_weight > 0 else None
-    trainer = _SplitTrainer(dataset, plan, teacher)
+    trainer = split_trainer(screener.factors.model, dataset, plan, folder)
     standard = AcceptanceRule(plan.baseline_accuracy, plan.tolerance)
     return finetune_with(promoted, screener, trainer, standard, folder, log, executor=executor, progress=progress)
+
+
+def split_trainer(dense: nn.Module, dataset: Dataset, plan: FinetuneSettings, folder: Path) -> Trainer:
+    """Trains on one of our data sets; the dense network's outputs are computed once, and kept in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    teacher = teacher_logits(dense, dataset, folder) if plan.settings.distill_weight > 0 else None
+    return _SplitTrainer(dataset, plan, teacher)
+
+
+def train_control(common: Finetuning, executor: Executor, log: RunLog) -> Record | None:
+    """The dense network, trained as a candidate is: its record; None where that failed, which the log says.
+
+    What the folder holds is not done again.
+    """
+    common.folder.mkdir(parents=True, exist_ok=True)
+    record = common.control()
+    [(_, found)] = executor.finetune_all(common, [record], None)
+    if "failed" in found:
+        log.warning(f"{CONTROL}: failed, {found['failed']}; losses are counted from the dense network as it was")
+        return None
+    return common.finished(record).record
 
 
 def finetune_with(

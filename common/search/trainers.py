@@ -91,6 +91,8 @@ class BatchTrainer:
             for module in model.modules():  # a network frozen as a whole: what is new in it is trained
                 if isinstance(module, HTLayer):
                     module.requires_grad_(True)
+            if not any(isinstance(module, HTLayer) for module in model.modules()):
+                model.requires_grad_(True)  # the dense network itself, as a control
         optimizer = make_optimizer(model, self.settings)
         state = TrainState(model, optimizer, {**self.facts, "kind": self.kind, "own loss": self.loss is not None})
         records = [EpochRecord(**known) for known in state.load(checkpoint)]

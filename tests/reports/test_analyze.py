@@ -11,7 +11,7 @@ import pytest
 
 import analyze_results
 import jsonify_logs
-from common.reports import RunLog, choose, family, group_runs, is_accepted, read_log, to_json
+from common.reports import RunLog, caption, choose, family, group_runs, is_accepted, load_runs, read_log, to_json
 from common.reports.tables import COLUMNS, NONE_ACCEPTED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +52,27 @@ def rows_of(*logs: Path, tolerance: float = 0.02, ties: str = "first") -> list[d
 def run_script(name: str, *arguments, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / name), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+def control_runs(folder, control):
+    path = write_log(folder / "run.log", [record(accuracy=0.985)], dense_control=control)
+    runs, problems, _ = load_runs([path])
+    assert problems == []
+    return group_runs(runs)
+
+
+@pytest.mark.parametrize(("control", "accepted"), [({"accuracy": 0.999}, False), ({"accuracy": 0.97}, True)])
+def test_losses_are_counted_from_the_better_of_the_dense_networks(tmp_path, control, accepted):
+    groups = control_runs(tmp_path, control)
+    assert all((choice.best is not None) == accepted for choice in choose(groups[0], 0.01))
+    assert f"trained on as long as the candidates {control['accuracy']:.4f}" in "".join(caption(groups, 0.01))
+
+
+@pytest.mark.parametrize("control", ["all well", [1], {"accuracy": 7.5}, {"accuracy": "0.9"}, {"accuracy": None}, {}])
+def test_a_control_that_is_no_accuracy_is_left_out(tmp_path, control):
+    groups = control_runs(tmp_path, control)
+    assert all(choice.best is not None for choice in choose(groups[0], 0.01))
+    assert "trained on" not in "".join(caption(groups, 0.01))
 
 
 def test_log_to_json_to_table(tmp_path, capsys):
