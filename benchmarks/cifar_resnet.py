@@ -23,7 +23,7 @@ if __package__ in (None, ""):
 
 from common import compress_network
 from common.data import load
-from common.files import write_text
+from common.files import SearchBusy, write_text
 from common.models import read_state_dict
 from common.own_network import NetworkRun
 from common.provenance import provenance
@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(text)
         if options.report is not None:
             write_text(options.report, text + "\n")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SearchBusy) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

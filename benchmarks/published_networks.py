@@ -38,7 +38,7 @@ from common import data
 from common.compress import factorize, reconstruct
 from common.configuration import Configuration
 from common.cost import count_params
-from common.files import exclusive, write_text
+from common.files import SearchBusy, exclusive, write_text
 from common.finetune import TrainSettings, evaluate, train
 from common.modules import copy_with, first_line
 from common.provenance import provenance
@@ -188,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted; the same command goes on where it was.", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SearchBusy) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     write_text(options.out / "table.md", table(content) + "\n")

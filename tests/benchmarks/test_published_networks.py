@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import peers, published_networks
 from benchmarks.cifar_resnet import CifarResNet
+from common.files import SearchBusy
 
 METHODS = ("policy", "uniform", "two-factor SVD", "Tucker-2, VBMF")
 
@@ -46,6 +47,15 @@ def test_a_finished_run_does_nothing_again_and_other_settings_are_refused(finish
     assert published_networks.main(arguments) == 0
     assert published_networks.main([*arguments, "--candidates", "3"]) == 2
     assert "another --out" in capsys.readouterr().err
+
+
+def test_a_folder_that_another_process_works_in_is_named(finished, capsys, monkeypatch):
+    def busy(_folder):
+        raise SearchBusy("another process is searching in there")
+
+    monkeypatch.setattr(published_networks, "exclusive", busy)
+    assert published_networks.main(finished[0]) == 2
+    assert capsys.readouterr().err == "error: another process is searching in there\n"
 
 
 def test_a_peer_that_is_missing_or_fails_is_a_row_that_says_why(finished, tmp_path, monkeypatch):
