@@ -1,10 +1,10 @@
 """Where the time of a network goes, layer by layer, and how far each is from what the machine can do at best.
 
-    python benchmarks/roofline.py --dense finetuned/saved_models/resnet18_mnist_224.safetensors \\
-        --compressed results/mnist-224/resnet18-smallest-seed0.safetensors --image-size 224
+    python benchmarks/roofline.py --model resnet18 --config results/mnist-224/resnet18-smallest-seed0.safetensors
+    python benchmarks/roofline.py --model vgg16 --config results/mnist-224/vgg16-mnist-224-cpu-seed0.json:0.025-36
 
-Both sides, deployed alike, in onnxruntime and OpenVINO. Writes roofline.json, roofline.md and a figure per runtime and
-batch size. Let nothing else run at the time.
+Weights are random unless a file is given: times do not depend on them. Both sides, deployed alike, in onnxruntime and
+OpenVINO. Writes roofline.json, roofline.md and a figure per runtime and batch size. Let nothing else run at the time.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ if __package__ in (None, ""):
     # Run as a script: the repository root, not this folder, is where `common` is found.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.latency import Network
 from common.cost import measure_latency
 from common.deploy import deploy
 from common.deploy.profile import PROFILED, Roofline, profile, roofline
 from common.files import atomic_path, write_text
-from common.models import load_checkpoint, load_compressed
 from common.provenance import provenance
 
 SIDES = ("dense", "compressed")
@@ -143,10 +143,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0, or 2 for bad input."""
     options = _parser().parse_args(arguments)
     try:
-        compressed, header = load_compressed(options.compressed)
-        architecture = header["architecture"]
-        dense, _ = load_checkpoint(options.dense, architecture=architecture, num_classes=header["num_classes"])
-        networks = {"dense": dense, "compressed": compressed}
+        given = Network(options.model, options.config, options.image_size, options.num_classes, seed=0)
+        networks = {"dense": given.dense, "compressed": given.compressed}
         limits = {runtime: roofline(runtime, rounds=options.rounds) for runtime in options.runtimes}
         torch.manual_seed(0)
         rows = []
@@ -155,7 +153,9 @@ def main(arguments: list[str] | None = None) -> int:
                 images = torch.randn(batch, 3, options.image_size, options.image_size)
                 rows.append(measure(networks, images, limits[runtime], runtime, options.rounds))
         content = {
-            "network": architecture,
+            "network": given.name,
+            "config": given.config,
+            "sizes": given.sizes,
             "image_size": options.image_size,
             "machine": {runtime: asdict(limit) for runtime, limit in limits.items()},
             "rows": rows,
@@ -164,12 +164,12 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    out = options.out or Path("results") / f"roofline-{architecture}"
+    out = options.out or Path("results") / f"roofline-{given.name}"
     write_text(out / "roofline.json", json.dumps(content) + "\n")
     write_text(out / "roofline.md", table(content) + "\n")
     for row in rows:
         with atomic_path(out / f"{row['runtime']}-batch{row['batch']}.png") as path:
-            figure(row, architecture).savefig(path, dpi=130)
+            figure(row, given.name).savefig(path, dpi=130)
         plt.close("all")
     print(table(content))
     return 0
@@ -177,9 +177,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dense", required=True, type=Path, help="checkpoint of the dense network (.safetensors)")
-    parser.add_argument("--compressed", required=True, type=Path, help="file of save_compressed")
+    parser.add_argument("--model", default="resnet18", help="network by name (default: resnet18)")
+    parser.add_argument("--config", help="as in latency.py: uniform:FRACTION, ranks, LOG.json:TRIAL, a file")
     parser.add_argument("--image-size", type=int, default=224, metavar="PIXELS")
+    parser.add_argument("--num-classes", type=int, default=10, help="outputs of the network (default 10)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--runtimes", nargs="+", choices=PROFILED, default=list(PROFILED))
     parser.add_argument("--rounds", type=int, default=15)

@@ -275,11 +275,13 @@ def tables(folder: Path) -> str:
         ("overhead", _overhead),
         ("kills", _kills),
     ):
+        place = "tools" if name == "kills" else "benchmarks"
         path = folder / f"{name}.json"
         if path.exists():
             content = json.loads(path.read_text(encoding="utf-8"))
             facts = content["provenance"]
-            parts.append(f"{shown(content)}\n\n`{facts['command']}`, {facts['machine']}, {facts['git_revision']}.")
+            told = f"`python {place}/{facts['command']}`, {facts['machine']}, {facts['git_revision']}."
+            parts.append(f"{shown(content)}\n\n{told}")
     return "\n\n".join(parts)
 
 

@@ -12,7 +12,7 @@ from common.cost import count_flops, count_params
 from common.deployed_set import DeployedSet
 from common.ranks import uniform
 from common.run import Run
-from common.search import Policy, Screening
+from common.search import CONTROL, Policy, Screening
 
 
 def test_the_layer_table_gives_each_layer_its_share_of_parameters_and_of_flops(factors, network):
@@ -43,13 +43,15 @@ def finished(factors):
         factorize=lambda: factors,
         deploy=lambda: deployed,
         dense_score=lambda: 0.9,
+        dense_control=lambda: {"accuracy": 0.92},
         score_name="test accuracy",
         finetune=lambda: [SimpleNamespace(record=done, path="x"), SimpleNamespace(record=failed, path=None)],
     )
 
 
 def test_the_summary_says_what_was_saved_and_not_what_was_kept(finished, factors):
-    dense, done, failed = Run.summary(finished)
+    dense, control, done, failed = Run.summary(finished)
+    assert control == dense | {"network": CONTROL, "test accuracy": 0.92}
     assert dense["parameters saved"] == dense["FLOPs saved"] == 0
     model = factors.compress(uniform(factors, 0.4))
     assert done["parameters saved"] == pytest.approx(1 - count_params(model) / factors.dense_params)

@@ -69,7 +69,7 @@ def sections(results: Path) -> Mapping[str, Callable[[], str]]:
     compared = sorted((results / "rank-selection").glob("*"))
     files = {f"rules-{folder.name}": folder / "table.md" for folder in compared}
     files |= {f"ablation-{folder.name}": folder / "ablation.md" for folder in compared}
-    files |= {folder.name: folder / "latency.md" for folder in sorted(results.glob("latency-*"))}
+    files |= {path.parent.name: path for path in sorted(results.glob("latency-*/latency.md"))}
     files["published-networks"] = results / "published-networks" / "table.md"
     files |= {name: results / f"{name}.md" for name in ("other-tasks", "every-network")}
     files["scale"] = results / "scale" / "scale.md"
@@ -77,6 +77,7 @@ def sections(results: Path) -> Mapping[str, Callable[[], str]]:
         "own-networks": sorted((results / "own-networks").glob("*.md")),
         "runtimes": sorted(results.glob("runtimes-*/runtimes.md")),
         "roofline": sorted(results.glob("roofline-*/roofline.md")),
+        "latency-search": sorted(results.glob("latency-search-*/latency-search.md")),
     }
     largest = documents.largest(runs)
     smaller = [run for run in runs if run not in largest]
