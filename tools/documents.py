@@ -7,6 +7,7 @@ writes it there.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import statistics
@@ -17,6 +18,9 @@ from typing import Any
 from tabulate import tabulate
 
 from common.reports import Candidate, Group, caption, choose, family, group_runs, render, standard
+
+HOPELESS = 50
+"""Points lost by which an untrained network is one that waits for its training."""
 
 STRICT, LOOSE = 0.005, 0.02
 """Accuracy on test that may be lost, in the first and in the second table."""
@@ -208,6 +212,29 @@ def against_published(runs: Sequence[Run], published: Mapping[str, Any]) -> str:
     table = tabulate(rows, headers=heads, tablefmt="github", disable_numparse=True)
     rule = f"Here: at most {100 * STRICT:g} points lost, the best of each row on its own."
     return f"{table}\n\n{published['source']} {rule}"
+
+
+def beside_others(content: Mapping[str, Any], network: str) -> str:
+    """Points lost on one published network: a line per method, a column per budget, without training and with."""
+    own = [row for row in content["rows"] if row["network"] == network and "test_accuracy" in row]
+    dense, rows = content["dense"][network], [row for row in own if row["budget"] < 1]
+    columns = sorted({(row["epochs"], row["budget"]) for row in rows}, key=lambda column: (column[0], -column[1]))
+
+    def cell(method: str, epochs: int, budget: float) -> str:
+        key = (method, epochs, budget)
+        found = [row["test_accuracy"] for row in rows if (row["method"], row["epochs"], row["budget"]) == key]
+        lost = 100 * (dense - statistics.mean(found)) if found else math.inf
+        # Channels and ranks that were chosen without data wait for their training: what they lose before says nothing.
+        return "-" if not found or (epochs == 0 and lost > HOPELESS) else f"{lost:.2f}"
+
+    methods = dict.fromkeys(row["method"] for row in rows)
+    lines = [[method, *(cell(method, *column) for column in columns)] for method in methods]
+    heads = [f"{budget:.0%}, {f'{epochs} epochs' if epochs else 'untrained'}" for epochs, budget in columns]
+    table = tabulate(lines, headers=["points lost", *heads], tablefmt="github", disable_numparse=True)
+    controls = [row["test_accuracy"] for row in own if row["budget"] == 1]
+    trained_on = f", trained on as long {statistics.mean(controls):.4f}" if controls else ""
+    seeds = _seeds(rows)
+    return f"{table}\n\nDense: {dense:.4f}{trained_on}. {seeds} seed{'s' if seeds > 1 else ''}; lower is better."
 
 
 def published_on_cifar10(published: Mapping[str, Any]) -> str:

@@ -90,6 +90,9 @@ def sections(results: Path) -> Mapping[str, Callable[[], str]]:
         "headline-smaller": lambda: documents.headline(smaller, documents.STRICT),
         "published": lambda: documents.against_published(runs, published),
         "published-cifar10": lambda: documents.published_on_cifar10(published),
+        "beside-others": lambda: documents.beside_others(
+            documents.read_json(results / "published-networks" / "rows.json"), "ResNet-20"
+        ),
         "origin": lambda: documents.origin(runs),
         "seeds": lambda: documents.seeds(runs),
         "search-costs": lambda: documents.search_costs(runs, published),

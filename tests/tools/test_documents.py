@@ -146,6 +146,28 @@ def test_a_search_is_priced_beside_the_exhaustive_one():
     assert "20x" not in documents.search_costs([without], PUBLISHED)
 
 
+def test_methods_on_a_published_network_stand_beside_each_other():
+    def one(method, budget, epochs, accuracy, seed=0):
+        return {
+            "network": "N",
+            "method": method,
+            "budget": budget,
+            "epochs": epochs,
+            "test_accuracy": accuracy,
+            "seed": seed,
+        }
+
+    rows = [one("ours", 0.5, 0, 0.88), one("ours", 0.5, 0, 0.86, seed=1), one("ours", 0.5, 3, 0.895)]
+    rows += [one("pruning", 0.5, 0, 0.1), one("pruning", 0.5, 3, 0.85), one("ours", 0.3, 3, 0.7)]
+    rows += [one("dense, trained on", 1.0, 3, 0.91), {**one("lame", 0.5, 3, 0), "failed": "why"}]
+    del rows[-1]["test_accuracy"]
+    text = documents.beside_others({"rows": rows, "dense": {"N": 0.9, "other": 0.8}}, "N")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert lines[0] == ["points lost", "50%, untrained", "50%, 3 epochs", "30%, 3 epochs"]
+    assert lines[2:] == [["ours", "3.00", "0.50", "20.00"], ["pruning", "-", "5.00", "-"]]
+    assert "Dense: 0.9000, trained on as long 0.9100. 2 seeds" in text
+
+
 COMMAND = re.compile(r"`((?:python|papermill|make|\.venv/bin/\w+) [^`\n]+)`|^((?:python|make) .*)$", re.MULTILINE)
 
 
