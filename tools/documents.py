@@ -233,8 +233,11 @@ def beside_others(content: Mapping[str, Any], network: str) -> str:
     table = tabulate(lines, headers=["points lost", *heads], tablefmt="github", disable_numparse=True)
     controls = [row["test_accuracy"] for row in own if row["budget"] == 1]
     trained_on = f", trained on as long {statistics.mean(controls):.4f}" if controls else ""
-    seeds = _seeds(rows)
-    return f"{table}\n\nDense: {dense:.4f}{trained_on}. {seeds} seed{'s' if seeds > 1 else ''}; lower is better."
+    counts = [
+        _seeds([row for row in rows if row["epochs"] == epochs]) for epochs in dict.fromkeys(e for e, _ in columns)
+    ]
+    seeds = " and ".join(dict.fromkeys(f"{count} seed{'s' if count > 1 else ''}" for count in counts))
+    return f"{table}\n\nDense: {dense:.4f}{trained_on}. Mean of {seeds}, in the columns' order; lower is better."
 
 
 def published_on_cifar10(published: Mapping[str, Any]) -> str:

@@ -165,7 +165,7 @@ def test_methods_on_a_published_network_stand_beside_each_other():
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     assert lines[0] == ["points lost", "50%, untrained", "50%, 3 epochs", "30%, 3 epochs"]
     assert lines[2:] == [["ours", "3.00", "0.50", "20.00"], ["pruning", "-", "5.00", "-"]]
-    assert "Dense: 0.9000, trained on as long 0.9100. 2 seeds" in text
+    assert "Dense: 0.9000, trained on as long 0.9100. Mean of 2 seeds and 1 seed, in the columns' order" in text
 
 
 COMMAND = re.compile(r"`((?:python|papermill|make|\.venv/bin/\w+) [^`\n]+)`|^((?:python|make) .*)$", re.MULTILINE)
