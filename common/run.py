@@ -288,8 +288,10 @@ class Run(ABC):
     def dense_control(self) -> Record | None:
         """The dense network, trained as long as candidates are by the same recipe: its scores; None where the run has
         no such control, or it failed."""
+        if not self.settings.control or self.dense_score() is None:
+            return None
         trainer = self.make_trainer()
-        if not self.settings.control or not trainer.epochs or self.dense_score() is None:
+        if not trainer.epochs:
             return None
         rule = AcceptanceRule(self.dense_score(), self.settings.tolerance)
         common = Finetuning(self.make_screener(), trainer, rule, self.settings.state_folder)

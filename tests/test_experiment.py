@@ -88,7 +88,7 @@ def test_max_loss_moves_the_budgets_until_accuracy_breaks(finished, tmp_path, mo
     first, second = experiment.settings.budgets
     assert second < first  # with nine tenths to lose every budget holds
     assert experiment.best().record["budget"] == second
-    assert "holds" in (tmp_path / "logs").glob("*.log").__next__().read_text()
+    assert "holds" in next((tmp_path / "logs").glob("*.log")).read_text()
     experiment.close()
 
 

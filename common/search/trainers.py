@@ -88,11 +88,9 @@ class BatchTrainer:
         device = next(self.teacher.parameters()).device
         laid_out(model.to(device), channels_last=True)
         if not any(parameter.requires_grad for parameter in model.parameters()):
-            for module in model.modules():  # a network frozen as a whole: what is new in it is trained
-                if isinstance(module, HTLayer):
-                    module.requires_grad_(True)
-            if not any(isinstance(module, HTLayer) for module in model.modules()):
-                model.requires_grad_(True)  # the dense network itself, as a control
+            # A network frozen as a whole: what is new in it is trained; of a control, in which nothing is new, all.
+            for module in [one for one in model.modules() if isinstance(one, HTLayer)] or [model]:
+                module.requires_grad_(True)
         optimizer = make_optimizer(model, self.settings)
         state = TrainState(model, optimizer, {**self.facts, "kind": self.kind, "own loss": self.loss is not None})
         records = [EpochRecord(**known) for known in state.load(checkpoint)]
