@@ -35,14 +35,17 @@ def inputs_batch(inputs: Inputs) -> int:
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Put `models` in eval mode; afterwards give every submodule the mode that it had."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
+    modules = [module for model in models for module in model.modules()]
+    modes = [module.training for module in modules]
+    if any(modes):
+        for model in models:
+            model.eval()
     try:
         yield
     finally:
-        for module, was_training in modes:
-            module.training = was_training
+        for module, was_training in zip(modules, modes, strict=True):
+            if module.training != was_training:
+                module.training = was_training
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..inputs import run
 from ..modules import hooked
-from .flow import Flow, running_norms
+from .flow import Flow
 from .geometry import TRANSPOSED
 from .layers import HTLayer
 from .moments import wide
@@ -78,12 +78,13 @@ class _Fits:
         self.before: dict[str, Callable] = {}
         self.after: dict[str, Callable] = {}
         self._axes: dict[str, int] = {}
-        for name, layer in model.named_modules():
+        modules = dict(model.named_modules())
+        for name, layer in modules.items():
             if isinstance(layer, HTLayer) and name in targets.outputs:
                 self._axes[name] = -1 if layer.geometry.linear else 1
                 self.before[f"{name}.stages.{len(layer.stages) - 1}"] = self._fit(name)
                 self.after[name] = self._ran(name)
-        norms = {name: model.get_submodule(name) for name in running_norms(model) if name in targets.norms}
+        norms = [name for name in targets.norms if name in modules]
         self.before |= {name: _once(self._follow(targets.norms[name])) for name in norms}
         self.after |= dict.fromkeys(norms, self._normalised)
         # Of a sum's two operands the dense pass has chosen the one to fit: no other counts here.
@@ -118,10 +119,11 @@ class _Fits:
 
         def follow(norm: _BatchNorm, features: Tensor) -> None:
             mean, variance = statistics(features)
-            change = ((variance + norm.eps) / (dense.variance + norm.eps)).clamp(1 / LARGEST_CHANGE, LARGEST_CHANGE)
-            norm.running_var.copy_(dense.running_variance * change**VARIANCE_EXPONENT)
+            change = ((variance + norm.eps) / (dense.variance + norm.eps)).clamp_(1 / LARGEST_CHANGE, LARGEST_CHANGE)
+            running = dense.running_variance * change.pow_(VARIANCE_EXPONENT)
+            norm.running_var.copy_(running)
             # The mean that it hands on stays what it was, in units of the new deviation.
-            ratio = ((norm.running_var + norm.eps) / (dense.running_variance + norm.eps)).sqrt()
+            ratio = running.add_(norm.eps).div_(dense.running_variance + norm.eps).sqrt_()
             norm.running_mean.copy_(mean - (dense.mean - dense.running_mean) * ratio)
             if (layer := self._flow.layer_of(features)) in self._waiting:
                 self._waiting[layer].norm = norm

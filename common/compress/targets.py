@@ -19,8 +19,8 @@ from .model_factors import ModelFactors
 from .moments import channels_last_rows, mean_and_variance, wide
 from .ridge import at_places, by_image
 
-STATISTICS_ROWS, STATISTICS_IMAGES = 2**15, 64
-"""Rows that a batch norm's statistics are taken of, and images at least: a quarter of these changes nothing."""
+STATISTICS_ROWS, STATISTICS_IMAGES = 2**14, 64
+"""Rows that a batch norm's statistics are taken of, and images at least, whose maps are then read in a coarser grid."""
 
 ROWS = 2**14
 """Rows (images times positions) that a layer is fitted on, at least one position of each image."""
@@ -86,7 +86,6 @@ class Sums(TorchFunctionMode):
         self._flow, self._sizes, self._before, self._after = flow, sizes, before, after
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
         layer = own = None
         if func in ADDITIONS and len(args) == 2 and not kwargs and self._alike(*args):
             owned = [(name, tensor) for tensor in args if (name := self._flow.layer_of(tensor)) in self._sizes]
@@ -95,7 +94,7 @@ class Sums(TorchFunctionMode):
                 other = args[1] if own is args[0] else args[0]
                 if self._before is not None:
                     self._before(layer, own, other)
-        result = func(*args, **kwargs)
+        result = func(*args, **(kwargs or {}))
         if layer is not None and self._after is not None:
             self._after(layer, own, result)
         if args and result is args[0]:
@@ -170,6 +169,10 @@ def rows_at(features: Tensor, axis: int, positions: Tensor) -> Tensor:
 
 
 def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance per channel ``(C,)`` of what a batch norm reads ``(N, C, ...)``: of the first images."""
-    images = max(STATISTICS_IMAGES, STATISTICS_ROWS // math.prod(features.shape[2:]))
-    return mean_and_variance(channels_last_rows(wide(features[:images])))
+    """Mean and variance per channel ``(C,)`` of a norm's input ``(N, C, ...)``, from some rows of its first images."""
+    places, axes = math.prod(features.shape[2:]), features.ndim - 2
+    some = features[: max(STATISTICS_IMAGES, STATISTICS_ROWS // places)]
+    if axes:
+        step = max(1, int((len(some) * places / STATISTICS_ROWS) ** (1 / axes)))
+        some = some[(slice(None), slice(None), *[slice(step // 2, None, step)] * axes)]
+    return mean_and_variance(channels_last_rows(wide(some)))

@@ -184,7 +184,11 @@ class _Replay(TorchDispatchMode):
         if index >= len(self._kept):
             self._kept.append(func(*args, **(kwargs or {})))
         # New tensors on the same memory: autograd notes what is a view of what on those that it is given.
-        return tree_map_only(Tensor, torch.ops.aten.alias.default, self._kept[index])
+        kept = self._kept[index]
+        return _alias(kept) if type(kept) is Tensor else tree_map_only(Tensor, _alias, kept)
+
+
+_alias = torch.ops.aten.alias.default
 
 
 def _tensors(values: Any) -> list[Tensor]:

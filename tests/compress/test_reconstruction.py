@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from common.compress import HTLayer, Targets, factorize, recalibrate, reconstruct, reconstructed_outputs
+from common.compress.targets import STATISTICS_ROWS, statistics
 from common.configuration import KernelRanks, MatrixRanks
 from common.modules import copy_with
 from common.ranks import uniform
@@ -328,3 +329,15 @@ def test_every_image_is_looked_at_in_places_of_its_own(monkeypatch):
         dense = model[: int(name) + 1](inputs).flatten(2)
         rows = torch.stack([dense[n][:, place] for n, own in enumerate(positions) for place in own])
         assert torch.allclose(found.outputs[name], rows.to(found.outputs[name]), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (5, 4, 9), (100, 4, 3, 3), (70, 4, 60, 80), (64, 4, 12, 20, 20)])
+def test_a_norms_statistics_are_those_of_all_rows_or_near_them_at_a_fraction(shape):
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.arange(4.0).reshape(1, 4, *[1] * (len(shape) - 2))
+    smooth = torch.randn(shape, generator=generator).cumsum(-1) / shape[-1] ** 0.5 + levels
+    rows = smooth.movedim(1, -1).flatten(0, -2)
+    mean, variance = statistics(smooth)
+    few = len(rows) <= STATISTICS_ROWS
+    assert torch.allclose(mean, rows.mean(0), atol=1e-5 if few else 0.05)
+    assert torch.allclose(variance, rows.var(0, correction=0), rtol=1e-4 if few else 0.1)
