@@ -24,6 +24,7 @@ from typing import Any
 
 import optuna
 import torch
+from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 if __package__ in (None, ""):
@@ -32,7 +33,7 @@ if __package__ in (None, ""):
 
 from benchmarks.rank_selection_report import write_report
 from common import data
-from common.compress import ModelFactors, factorize, recalibrate
+from common.compress import ModelFactors, factorize
 from common.configuration import Configuration
 from common.files import exclusive, write_text
 from common.finetune import TrainingDiverged, TrainSettings, baseline, evaluate, teacher_logits, train
@@ -59,7 +60,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "policy, whole": {},
     "bases from the input alone": {"bases": "input"},
     "bases from the weights alone": {"bases": "weight"},
-    "means and scales given back, no fit": {"correction": "recalibrate"},
+    "batch norm estimated again, no fit": {"correction": "norms"},
     "truncated, nothing given back": {"correction": "none"},
     "size heuristic off": {"use_size": False},
     "sensitivity off": {"use_sensitivity": False},
@@ -152,8 +153,8 @@ def ablation_choice(
     if correction != "reconstruct":
         factors = bench.factors(bases)
         model = factors.compress(config)
-        if correction == "recalibrate":
-            recalibrate(model, bench.images, factors.output_means(), factors.output_stds())
+        if correction == "norms":
+            update_bn([bench.images], model)
         found = evaluate(model, bench.dataset.val, limit=bench.options.screen)
         return config, found.accuracy
     screener = bench.screener if bases == "both" else bench.make_screener(bases)

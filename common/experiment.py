@@ -22,7 +22,7 @@ from .deployed_set import DeployedSet
 from .finetune import Baseline, baseline, evaluate, recipe
 from .presets import RunSettings
 from .run import Run, step
-from .search import FinetuneSettings, Screener, Trainer, split_trainer
+from .search import Screener, Trainer, split_trainer
 
 __all__ = ["DeployedSet", "Experiment"]
 
@@ -91,9 +91,9 @@ class Experiment(Run):
     def make_trainer(self) -> Trainer:
         """Trains by the model's recipe, distilling from the dense network; tests once, on test."""
         s, dataset = self.settings, self.load_data()
-        training = s.finetune_recipe(len(dataset.train))
-        plan = FinetuneSettings(training, s.model, self.dense_score(), tolerance=s.tolerance)
-        return split_trainer(self.dense_model(), dataset, plan, s.state_folder)
+        return split_trainer(
+            self.dense_model(), dataset, s.finetune_recipe(len(dataset.train)), s.model, s.state_folder
+        )
 
     def header(self) -> dict[str, Any]:
         s = self.settings

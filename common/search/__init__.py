@@ -6,9 +6,7 @@ from .executor import EXECUTORS, Executor, LocalExecutor
 from .finetuning import CONTROL, AcceptanceRule, Finalist, Finetuning
 from .policy import MenuCosts, Policy, configuration
 from .promotion import (
-    FinetuneSettings,
     epoch_seconds,
-    finetune_promoted,
     finetune_with,
     promote,
     split_trainer,
@@ -34,7 +32,6 @@ __all__ = [
     "CandidateFailed",
     "Executor",
     "Finalist",
-    "FinetuneSettings",
     "Finetuning",
     "LocalExecutor",
     "MenuCosts",
@@ -52,7 +49,6 @@ __all__ = [
     "blended_sensitivity",
     "configuration",
     "epoch_seconds",
-    "finetune_promoted",
     "finetune_with",
     "kind_for",
     "make_sampler",

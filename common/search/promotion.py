@@ -28,23 +28,6 @@ from .study import OBJECTIVES
 from .trainers import OnEpoch, Trainer
 
 
-@dataclass(frozen=True)
-class FinetuneSettings:
-    """What fine-tuning needs to know.
-
-    Attributes:
-        settings: of the training; its epochs are the most that a candidate gets.
-        architecture: of the dense network.
-        baseline_accuracy: the dense network's, on test.
-        tolerance: accuracy that may be lost for a candidate to be accepted.
-    """
-
-    settings: TrainSettings
-    architecture: str
-    baseline_accuracy: float
-    tolerance: float = 0.02
-
-
 def promote(records: list[Record], count: int, objective: str = "divergence") -> list[Record]:
     """The best `count` screened candidates of each budget, without those that another of them beats in every respect.
 
@@ -69,31 +52,16 @@ def promote(records: list[Record], count: int, objective: str = "divergence") ->
     return [record for record in picked if not beaten(record)]
 
 
-def finetune_promoted(
-    promoted: list[Record],
-    screener: Screener,
-    dataset: Dataset,
-    plan: FinetuneSettings,
-    folder: Path,
-    log: RunLog,
-    *,
-    executor: Executor | None = None,
-    progress: bool = True,
-) -> list[Finalist]:
-    """Fine-tune on one of our data sets, distilling from the dense network; evaluate the survivors once on test.
+def split_trainer(
+    dense: nn.Module, dataset: Dataset, settings: TrainSettings, architecture: str, folder: Path
+) -> Trainer:
+    """Trains on one of our data sets; the dense network's outputs are computed once, and kept in the folder.
 
-    See `finetune_with`.
+    settings: their epochs are the most that a candidate gets; architecture: of the dense network.
     """
-    trainer = split_trainer(screener.factors.model, dataset, plan, folder)
-    standard = AcceptanceRule(plan.baseline_accuracy, plan.tolerance)
-    return finetune_with(promoted, screener, trainer, standard, folder, log, executor=executor, progress=progress)
-
-
-def split_trainer(dense: nn.Module, dataset: Dataset, plan: FinetuneSettings, folder: Path) -> Trainer:
-    """Trains on one of our data sets; the dense network's outputs are computed once, and kept in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    teacher = teacher_logits(dense, dataset, folder) if plan.settings.distill_weight > 0 else None
-    return _SplitTrainer(dataset, plan, teacher)
+    teacher = teacher_logits(dense, dataset, folder) if settings.distill_weight > 0 else None
+    return _SplitTrainer(dataset, settings, architecture, teacher)
 
 
 def train_control(common: Finetuning, executor: Executor, log: RunLog) -> Record | None:
@@ -167,22 +135,23 @@ class _SplitTrainer:
     """Trains on one of our data sets, whose teacher's outputs were computed once; see `Trainer`."""
 
     dataset: Dataset
-    plan: FinetuneSettings
+    settings: TrainSettings
+    architecture: str
     teacher: Tensor | None
 
     @property
     def epochs(self) -> int:
-        return self.plan.settings.epochs
+        return self.settings.epochs
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        return asdict(self.plan.settings)
+        return asdict(self.settings)
 
     def train(self, model: nn.Module, checkpoint: Path, on_epoch: OnEpoch) -> list[EpochRecord]:
         history = train(
             model,
             self.dataset,
-            self.plan.settings,
+            self.settings,
             teacher_logits=self.teacher,
             checkpoint=checkpoint,
             progress=False,
@@ -197,7 +166,7 @@ class _SplitTrainer:
         save_compressed(
             model,
             path,
-            architecture=self.plan.architecture,
+            architecture=self.architecture,
             num_classes=self.dataset.num_classes,
             image_size=self.dataset.image_size,
             config=config,

@@ -5,9 +5,9 @@ import torch
 
 from common.finetune import TrainingDiverged, TrainSettings, evaluation
 from common.reports import RunLog
-from common.search import FinetuneSettings, finetune_promoted, promotion
+from common.search import AcceptanceRule, finetune_with, promotion, split_trainer
 
-PLAN = FinetuneSettings(TrainSettings(epochs=2, batch_size=64, learning_rate=0.01, distill_weight=0.5), "small", 0.9)
+SETTINGS = TrainSettings(epochs=2, batch_size=64, learning_rate=0.01, distill_weight=0.5)
 
 
 @pytest.fixture
@@ -23,8 +23,9 @@ def without_time(record):
 
 
 def run(promoted, screener, digits, folder):
+    trainer = split_trainer(screener.factors.model, digits, SETTINGS, "small", folder)
     with RunLog(folder / "run.log") as log:
-        return finetune_promoted(promoted, screener, digits, PLAN, folder, log, progress=False)
+        return finetune_with(promoted, screener, trainer, AcceptanceRule(0.9, 0.02), folder, log, progress=False)
 
 
 def test_the_worse_half_of_each_budget_is_given_up(promoted, screener, digits, tmp_path, saved):
