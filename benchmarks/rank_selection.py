@@ -69,6 +69,13 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 
 
+ANCHORS, SENSITIVITY_IMAGES = 5, 256
+"""Entries of each menu whose divergence is measured, and the images that it is measured on."""
+
+NO_UPDATE, AS_MANY_PASSES = "policy, no update", "tpe, as many passes"
+"""The policy without the cross-entropy method; TPE with as many more candidates as the sensitivities cost."""
+
+
 class Bench:
     """Everything that one seed's rows have in common."""
 
@@ -82,7 +89,11 @@ class Bench:
         self.menus = build_menus(self.factors("both"))
         self.costs = MenuCosts.of(self.factors("both"), self.menus)
         cache = options.out / f"sensitivity-{seed}.json"
-        measured = measured_sensitivity(self.factors("both"), self.menus, self.images[:256], cache=cache)
+        images = self.images[:SENSITIVITY_IMAGES]
+        measured = measured_sensitivity(self.factors("both"), self.menus, images, anchors=ANCHORS, cache=cache)
+        passes = sum(min(ANCHORS, len(menu) - 1) for menu in self.menus.values())
+        self.sensitivity_passes = passes * len(images)
+        self.candidate_passes = len(self.images) + min(options.screen, len(self.dataset.val))
         self.sensitivities = {
             "blended": blended_sensitivity(self.menus, measured),
             "measured": measured,
@@ -129,10 +140,11 @@ def rule_choice(bench: Bench, rule: str, budget: float) -> tuple[dict, Screening
 
 
 def sampler_choice(
-    bench: Bench, kind: str, budget: float, *, update_rate: float = UPDATE_RATE
+    bench: Bench, kind: str, budget: float, *, more: int = 0, update_rate: float = UPDATE_RATE
 ) -> tuple[Configuration, Screening, int]:
-    """The best of --evaluations configurations, by the divergence when screened: a search that is kept in memory."""
-    evaluations = bench.options.evaluations
+    """The best of --evaluations configurations and so many more, by the divergence when screened: a search that is kept
+    in memory."""
+    evaluations = bench.options.evaluations + more
     settings = SearchSettings(
         budgets=(budget,), candidates=evaluations, sampler=kind, update_rate=update_rate, seed=bench.seed
     )
@@ -166,7 +178,7 @@ def rows(bench: Bench, done: Callable[[dict[str, Any]], bool]) -> Iterator[dict[
     dense = bench.factors("both")
     for budget in bench.options.budgets:
         head = {"seed": bench.seed, "budget": budget}
-        for name in (*RULES, *SAMPLERS, "policy, no update"):
+        for name in (*RULES, *SAMPLERS, NO_UPDATE, AS_MANY_PASSES):
             row = {**head, "table": "rules", "name": name}
             if done(row):
                 continue
@@ -174,13 +186,17 @@ def rows(bench: Bench, done: Callable[[dict[str, Any]], bool]) -> Iterator[dict[
             if name in RULES:
                 config, found, evaluations = rule_choice(bench, name, budget)
             else:
-                rate = 0.0 if name.endswith("no update") else UPDATE_RATE
-                config, found, evaluations = sampler_choice(bench, name.split(",")[0], budget, update_rate=rate)
+                rate = 0.0 if name == NO_UPDATE else UPDATE_RATE
+                more = round(bench.sensitivity_passes / bench.candidate_passes) if name == AS_MANY_PASSES else 0
+                kind = name.split(",")[0]
+                config, found, evaluations = sampler_choice(bench, kind, budget, more=more, update_rate=rate)
             searched = time.perf_counter() - started
             yield {
                 **row,
                 "config_str": str(Configuration(config)),
                 "evaluations": evaluations,
+                "image_passes": evaluations * bench.candidate_passes
+                + (bench.sensitivity_passes if name in ("policy", NO_UPDATE) else 0),
                 "flops_kept": found.flops / dense.dense_flops,
                 "params_kept": found.params / dense.dense_params,
                 "val_screened": found.accuracy,

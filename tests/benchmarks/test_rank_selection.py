@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import rank_selection
-from benchmarks.rank_selection_report import correlations, hypervolume, lead_table, params_table, rule_table
+from benchmarks.rank_selection_report import by_budget, correlations, hypervolume, lead_table, rule_table
 from common.reports import RunLog
 from common.search import Search, SearchSettings
 
@@ -46,7 +46,8 @@ def test_hypervolume_of_a_staircase():
 def test_tables_give_mean_and_spread_over_the_seeds():
     rows = [row("policy", 0, 0.1, 0.8, 0.98), row("policy", 1, 0.1, 0.9, 0.99)]
     assert "0.8500 ± 0.0707" in rule_table(rows, "github", 0.99)
-    assert "5.0% ± 0.0%" in params_table(rows, "github")
+    assert "5.0% ± 0.0%" in by_budget(rows, "params_kept", "kept", "github", "{:.1%}")
+    assert "1,512" in rule_table([{**one, "image_passes": 1512} for one in rows], "github", 0.99)
 
 
 def test_the_lead_is_taken_seed_by_seed():
@@ -72,7 +73,11 @@ def test_a_small_comparison_runs_and_does_nothing_twice(tmp_path, monkeypatch):
     assert rank_selection.main(command) == 0
     content = json.loads((tmp_path / "out" / "rows.json").read_text())
     names = {row["name"] for row in content["rows"] if row["table"] == "rules"}
-    assert {"uniform", "energy", "vbmf", "policy", "tpe", "random", "nsga2", "policy, no update"} == names
+    choices = {"uniform", "energy", "vbmf", "policy", "tpe", "random", "nsga2"}
+    assert choices | {rank_selection.NO_UPDATE, rank_selection.AS_MANY_PASSES} == names
+    passes = {row["name"]: row["image_passes"] for row in content["rows"] if row["table"] == "rules"}
+    assert passes["uniform"] == 64 + 64
+    assert abs(passes[rank_selection.AS_MANY_PASSES] - passes["policy"]) <= passes["uniform"]
     assert all(row["flops_kept"] <= 0.3 for row in content["rows"] if row["table"] == "rules")
     assert {row["name"] for row in content["rows"] if row["table"] == "ablation"} == set(rank_selection.ABLATIONS)
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"accuracy.png", "screening.png"}
