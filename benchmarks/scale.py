@@ -4,11 +4,12 @@
     python benchmarks/scale.py simulate
     python benchmarks/scale.py workers --workers 2 4 8 16
     python benchmarks/scale.py overhead --workers 2
+    python benchmarks/scale.py --blocks 9 sensitivity
 
 steps: factorisation, menus, sensitivity, a candidate, by layers and images. simulate: the real search (policy, study,
 log) with screening in place of which a duration is drawn; the workers' clock is simulated, the driver's is real.
 workers: candidates that sleep for a second, on Ray's workers. overhead: a real search on noise, in this process and on
-workers, in turn.
+workers, in turn. sensitivity: the longest step, by whole passes, with the beginnings of passes kept, on workers.
 
 Writes one JSON file per command into --out, and tables into its scale.md.
 """
@@ -19,12 +20,14 @@ import argparse
 import heapq
 import json
 import math
+import statistics
 import sys
 import tempfile
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +65,12 @@ from common.search import (
     measured_sensitivity,
     proxy_sensitivity,
 )
+from common.search.sensitivity import divergences
 
 BUDGET = 0.5
+
+ANCHORS = 5
+"""Entries of each menu whose divergence is measured."""
 
 SPREAD = 0.3
 """Of the simulated durations: the standard deviation of their logarithm."""
@@ -265,6 +272,44 @@ def measure_overhead(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def time_sensitivity(options: argparse.Namespace) -> dict[str, Any]:
+    """The divergences of all layers' menus, in each of the ways that there are, in turn."""
+    factors, menus, real = network_of(options.blocks, images=options.images)
+    images, count = real.targets.images, options.workers[0]
+    spread = RayExecutor(real, RaySettings(workers=count), most=count)
+    here = partial(divergences, factors, menus, images, "kl", ANCHORS, progress=False)
+    ways = {
+        "whole passes": partial(here, whole=True),
+        "beginnings kept": here,
+        f"on {count} workers": lambda: spread.divergences(menus, images, "kl", ANCHORS),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    found = {}
+    try:
+        spread.processes()
+        for _ in tqdm(range(options.rounds), desc="rounds", unit="round"):
+            for name, way in ways.items():
+                began = time.perf_counter()
+                found[name] = way()
+                seconds[name].append(time.perf_counter() - began)
+    finally:
+        spread.close()
+    whole = found["whole passes"]
+    return {
+        "network": f"ResNet-{6 * options.blocks + 2}",
+        "layers": len(factors.layers),
+        "images": options.images,
+        "threads_local": torch.get_num_threads(),
+        "seconds": seconds,
+        "difference": max(
+            abs(value - whole[layer][place])
+            for one in found.values()
+            for layer, values in one.items()
+            for place, value in values.items()
+        ),
+    }
+
+
 def tables(folder: Path) -> str:
     """What the commands have left in a folder, as Markdown."""
     parts = []
@@ -273,6 +318,7 @@ def tables(folder: Path) -> str:
         ("simulate", _simulated),
         ("workers", _measured),
         ("overhead", _overhead),
+        ("sensitivity", _sensitivity),
         ("kills", _kills),
     ):
         place = "tools" if name == "kills" else "benchmarks"
@@ -345,6 +391,19 @@ def _overhead(content: Mapping[str, Any]) -> str:
     )
 
 
+def _sensitivity(content: Mapping[str, Any]) -> str:
+    medians = {name: statistics.median(values) for name, values in content["seconds"].items()}
+    slowest = max(medians.values())
+    lines = [[name, f"{value:.1f}", f"{slowest / value:.1f}x"] for name, value in medians.items()]
+    heads = [f"sensitivity of {content['network']}", "s", "faster"]
+    rounds = len(next(iter(content["seconds"].values())))
+    note = (
+        f"{content['layers']} layers, {content['images']} images, {content['threads_local']} threads in all; median of "
+        f"{rounds} rounds, in turn; values differ by {content['difference']:.0e} at most."
+    )
+    return f"{tabulate(lines, heads, tablefmt='github', disable_numparse=True)}\n\n{note}"
+
+
 def _kills(content: Mapping[str, Any]) -> str:
     counts = ", ".join(f"{count} {what}" for what, count in content["counts"].items())
     return f"A cluster of three nodes on this machine, whose workers, nodes and driver are killed: {counts}."
@@ -390,6 +449,11 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--generation", type=int, default=GENERATION)
     one.add_argument("--images", type=int, default=512, help="for the layers' fits and for screening (default: 512)")
     one.set_defaults(measure=measure_overhead)
+    one = kinds.add_parser("sensitivity", help="the sensitivities by whole passes, with beginnings kept, on workers")
+    one.add_argument("--workers", type=int, nargs=1, default=[2])
+    one.add_argument("--images", type=int, default=128)
+    one.add_argument("--rounds", type=int, default=3)
+    one.set_defaults(measure=time_sensitivity)
     return parser
 
 

@@ -78,10 +78,22 @@ def measured_sensitivity(
 
 
 def divergences(
-    factors: ModelFactors, menus: Menus, images: Inputs, kind: str, anchors: int, *, progress: bool = True
+    factors: ModelFactors,
+    menus: Menus,
+    images: Inputs,
+    kind: str,
+    anchors: int,
+    *,
+    whole: bool = False,
+    progress: bool = True,
 ) -> dict[str, dict[int, float]]:
-    """What `measured_sensitivity` interpolates between: layer -> {index into its menu: divergence}."""
+    """What `measured_sensitivity` interpolates between: layer -> {index into its menu: divergence}.
+
+    whole: run the whole network for each of them, as is done anyway where its beginning cannot be kept.
+    """
     measured = _Measured(factors, menus, Targets.of(factors, channels_last(images)), kind, anchors, progress)
+    if whole:
+        return measured.from_whole_passes()
     try:
         return measured.from_prefixes()
     except Unrepeatable:

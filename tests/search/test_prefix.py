@@ -12,6 +12,7 @@ from common.modules import hooked
 from common.ranks import build_menus
 from common.search import measured_sensitivity
 from common.search.prefix import Prefix, Unrepeatable
+from common.search.sensitivity import divergences
 
 
 class Residual(nn.Module):
@@ -190,3 +191,14 @@ def test_measured_from_prefixes_it_is_what_whole_passes_measure(monkeypatch):
     whole = measured_sensitivity(factors, menus, images, progress=False)
     for name, values in whole.items():
         assert found[name] == pytest.approx(values, abs=1e-6), name
+
+
+def test_whole_passes_may_be_asked_for(monkeypatch):
+    torch.manual_seed(0)
+    model, images = Residual().eval(), torch.randn(16, 3, 8, 8)
+    factors = factorize(model, images, layers=["main"])
+    menus = build_menus(factors)
+    kept = divergences(factors, menus, images, "kl", 2, progress=False)
+    monkeypatch.setattr(Prefix, "of", None)
+    whole = divergences(factors, menus, images, "kl", 2, whole=True, progress=False)
+    assert whole["main"] == pytest.approx(kept["main"], abs=1e-6)
