@@ -399,7 +399,7 @@ def _sensitivity(content: Mapping[str, Any]) -> str:
     rounds = len(next(iter(content["seconds"].values())))
     note = (
         f"{content['layers']} layers, {content['images']} images, {content['threads_local']} threads in all; median of "
-        f"{rounds} rounds, in turn; values differ by {content['difference']:.0e} at most."
+        f"{rounds} rounds, in turn."
     )
     return f"{tabulate(lines, heads, tablefmt='github', disable_numparse=True)}\n\n{note}"
 
