@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
 from common.configuration import KernelRanks, MatrixRanks
@@ -19,12 +18,6 @@ def halved(factors) -> dict:
             leaf_in, leaf_out = max(1, full.rank_in // 2), max(1, full.rank_out // 2)
             config[name] = KernelRanks(leaf_in, max(1, min(leaf_in, leaf_out, full.rank_mid // 2)), leaf_out)
     return config
-
-
-def with_statistics_of(images: torch.Tensor, model: nn.Module) -> nn.Module:
-    """The network, its batch norms' running statistics those of what they read of the images; in eval mode."""
-    update_bn([images], model)
-    return model.eval()
 
 
 def loaders_of(dataset) -> list[DataLoader]:

@@ -7,6 +7,7 @@ from .htucker import DimensionTree, HTucker, hsvd
 from .layers import STAGES, HTLayer
 from .model_factors import Factors, ModelFactors
 from .network import factorize
+from .recalibration import recalibrate
 from .reconstruction import reconstruct, reconstructed_outputs
 from .selection import choose_layers
 from .targets import Targets
@@ -30,6 +31,7 @@ __all__ = [
     "factorize",
     "hsvd",
     "paddings",
+    "recalibrate",
     "reconstruct",
     "reconstructed_outputs",
     "scale_outputs",

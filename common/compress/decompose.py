@@ -54,11 +54,14 @@ def factorize_layer(
         "dtype": layer.weight.dtype,
         "geometry": geometry,
         "bias": None if bias is None else bias.detach().clone(),
+        "output_mean": None if moments is None else moments.output_mean.to(weight),
+        "output_std": None if moments is None else moments.output_covariance.diagonal().clamp_min(0).sqrt().to(weight),
     }
     make = _factorize_kernel if is_kernel else _factorize_matrix
     if geometry.groups == 1:
         return make(weight, moments, bases, described)
     alone = {**described, "geometry": replace(geometry, groups=1), "bias": None}
+    alone |= {"output_mean": None, "output_std": None}
     of_groups = moments.split(geometry.groups) if moments else [None] * geometry.groups
     parts = [make(w, m, bases, alone) for w, m in zip(weight.chunk(geometry.groups), of_groups, strict=True)]
     return GroupedFactors(parts=tuple(parts), shape=parts[0].shape, **described)

@@ -42,6 +42,8 @@ class LayerFactors:
         geometry: stride, padding and so on of the dense layer.
         trace: its input and output shapes.
         dtype: floating type of the dense layer, and of the layers that are made; the factors are in float32 or wider.
+        output_mean, output_std: mean and standard deviation of the dense layer's output per channel ``(C_out,)``, the
+            targets of `recalibrate`; None without calibration images.
     """
 
     name: str
@@ -50,6 +52,8 @@ class LayerFactors:
     geometry: Geometry = field(repr=False)
     trace: LayerTrace = field(repr=False)
     dtype: torch.dtype = field(repr=False, default=torch.float32)
+    output_mean: Tensor | None = field(repr=False, default=None)
+    output_std: Tensor | None = field(repr=False, default=None)
 
     @property
     def dense_params(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..configuration import Configuration, Ranks
 from ..modules import copy_with
@@ -75,3 +75,11 @@ class ModelFactors:
         return self.dense_flops + sum(
             self.layers[name].flops(ranks) - self.layers[name].dense_flops for name, ranks in config.items()
         )
+
+    def output_means(self) -> dict[str, Tensor]:
+        """Name -> the dense layer's mean output ``(C_out,)``, for :func:`recalibrate`."""
+        return {name: f.output_mean for name, f in self.layers.items() if f.output_mean is not None}
+
+    def output_stds(self) -> dict[str, Tensor]:
+        """Name -> standard deviation of the dense layer's output ``(C_out,)``, likewise."""
+        return {name: f.output_std for name, f in self.layers.items() if f.output_std is not None}

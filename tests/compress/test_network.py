@@ -8,11 +8,10 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
-from common.compress import HTLayer, factorize
+from common.compress import HTLayer, factorize, recalibrate
 from common.compress.selection import LAYER_SETS
 from common.configuration import Configuration, KernelRanks, MatrixRanks, parse_config_str
 from common.cost import count_flops, count_params
-from tests.helpers import with_statistics_of
 
 
 def randomised(model: nn.Module, shape: tuple[int, int, int], seed: int = 0) -> nn.Module:
@@ -31,7 +30,7 @@ def randomised(model: nn.Module, shape: tuple[int, int, int], seed: int = 0) -> 
         for norm in norms:
             norm.weight.copy_((0.2 * noise(norm)).exp())
             norm.bias.copy_(0.1 * noise(norm))
-        with_statistics_of(torch.randn(8, *shape, generator=generator), model)
+        recalibrate(model, torch.randn(8, *shape, generator=generator))
         for norm in norms:
             norm.running_mean += 0.1 * norm.running_var.sqrt() * noise(norm)
             norm.running_var *= (0.2 * noise(norm)).exp()
@@ -384,6 +383,16 @@ def test_a_configuration_survives_the_log(seed):
 def test_a_configuration_prints_in_the_form_of_the_log():
     assert str(Configuration({"a.b": KernelRanks(16, 24, 8), "fc": MatrixRanks(4)})) == "a.b:(16, 24, 8), fc:(4)"
     assert str(Configuration()) == ""
+
+
+def test_output_means_are_those_of_the_dense_model():
+    model, x = small_net(), images()
+    means = factorize(model, x).output_means()
+    assert list(means) == ["0", "3", "4", "7", "9"]
+    with torch.no_grad():
+        torch.testing.assert_close(means["9"], model(x).mean(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(means["0"], model[0](x).mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    assert factorize(model, input_shape=SMALL_SHAPE).output_means() == {}
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

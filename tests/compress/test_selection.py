@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from common.compress import HTLayer, factorize
+from common.compress import HTLayer, factorize, recalibrate
 from common.configuration import KernelRanks
 from common.cost import count_flops, count_params
 from common.deploy import deploy, fold_batch_norm
@@ -188,6 +188,8 @@ def test_calibration_images_come_in_every_form(images):
         factorize(model, 3)
     with pytest.raises(ValueError, match="images: a batch is a tensor"):
         factorize(model, ["a"])
+    small = factorize(model, images).compress(config)
+    assert recalibrate(small, loader) is small
 
 
 class Keeps(Net):
