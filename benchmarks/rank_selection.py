@@ -40,6 +40,7 @@ from common.finetune import TrainingDiverged, TrainSettings, baseline, evaluate,
 from common.presets import RunSettings
 from common.provenance import provenance
 from common.ranks import RULES, build_menus, meet_budget, worthwhile
+from common.run import MOST_SENSITIVITY_IMAGES
 from common.search import (
     SAMPLERS,
     UPDATE_RATE,
@@ -55,6 +56,7 @@ from common.search import (
     measured_sensitivity,
     proxy_sensitivity,
 )
+from common.search.sensitivity import ANCHORS
 
 ABLATIONS: dict[str, dict[str, Any]] = {
     "policy, whole": {},
@@ -68,9 +70,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "sensitivity: output error alone": {"sensitivity": "proxy"},
 }
 
-
-ANCHORS, SENSITIVITY_IMAGES = 5, 256
-"""Entries of each menu whose divergence is measured, and the images that it is measured on."""
 
 NO_UPDATE, AS_MANY_PASSES = "policy, no update", "tpe, as many passes"
 """The policy without the cross-entropy method; TPE with as many more candidates as the sensitivities cost."""
@@ -89,8 +88,8 @@ class Bench:
         self.menus = build_menus(self.factors("both"))
         self.costs = MenuCosts.of(self.factors("both"), self.menus)
         cache = options.out / f"sensitivity-{seed}.json"
-        images = self.images[:SENSITIVITY_IMAGES]
-        measured = measured_sensitivity(self.factors("both"), self.menus, images, anchors=ANCHORS, cache=cache)
+        images = self.images[:MOST_SENSITIVITY_IMAGES]
+        measured = measured_sensitivity(self.factors("both"), self.menus, images, cache=cache)
         passes = sum(min(ANCHORS, len(menu) - 1) for menu in self.menus.values())
         self.sensitivity_passes = passes * len(images)
         self.candidate_passes = len(self.images) + min(options.screen, len(self.dataset.val))
@@ -182,13 +181,12 @@ def rows(bench: Bench, done: Callable[[dict[str, Any]], bool]) -> Iterator[dict[
             row = {**head, "table": "rules", "name": name}
             if done(row):
                 continue
-            started = time.perf_counter()
+            started, kind = time.perf_counter(), name.split(",")[0]
             if name in RULES:
                 config, found, evaluations = rule_choice(bench, name, budget)
             else:
                 rate = 0.0 if name == NO_UPDATE else UPDATE_RATE
                 more = round(bench.sensitivity_passes / bench.candidate_passes) if name == AS_MANY_PASSES else 0
-                kind = name.split(",")[0]
                 config, found, evaluations = sampler_choice(bench, kind, budget, more=more, update_rate=rate)
             searched = time.perf_counter() - started
             yield {
@@ -196,7 +194,7 @@ def rows(bench: Bench, done: Callable[[dict[str, Any]], bool]) -> Iterator[dict[
                 "config_str": str(Configuration(config)),
                 "evaluations": evaluations,
                 "image_passes": evaluations * bench.candidate_passes
-                + (bench.sensitivity_passes if name in ("policy", NO_UPDATE) else 0),
+                + (bench.sensitivity_passes if kind == "policy" else 0),
                 "flops_kept": found.flops / dense.dense_flops,
                 "params_kept": found.params / dense.dense_params,
                 "val_screened": found.accuracy,

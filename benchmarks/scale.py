@@ -65,12 +65,9 @@ from common.search import (
     measured_sensitivity,
     proxy_sensitivity,
 )
-from common.search.sensitivity import divergences
+from common.search.sensitivity import ANCHORS, divergences
 
 BUDGET = 0.5
-
-ANCHORS = 5
-"""Entries of each menu whose divergence is measured."""
 
 SPREAD = 0.3
 """Of the simulated durations: the standard deviation of their logarithm."""

@@ -28,6 +28,9 @@ from ..ranks import MenuEntry, Menus
 from .divergence import Reference
 from .prefix import Prefix, Unrepeatable
 
+ANCHORS = 5
+"""Entries of each menu whose divergence is measured."""
+
 SAME = 1e-6
 """Divergence from rounding alone."""
 
@@ -45,7 +48,7 @@ def measured_sensitivity(
     menus: Menus,
     images: Inputs,
     *,
-    anchors: int = 5,
+    anchors: int = ANCHORS,
     kind: str = "kl",
     cache: Path | None = None,
     progress: bool = True,
