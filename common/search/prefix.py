@@ -40,11 +40,13 @@ class Prefix:
     """A network's pass over `inputs`, of which the beginning is kept.
 
     Attributes:
+        output: of the whole pass.
         starts: module -> the number of operations before its first call.
     """
 
     model: nn.Module
     inputs: Inputs
+    output: Any = None
     starts: dict[str, int] = field(default_factory=dict)
     _operations: list[Any] = field(default_factory=list)
     _made: list[list[_Memory]] = field(default_factory=list)  # what each operation's outputs lie in
@@ -70,10 +72,10 @@ class Prefix:
 
         try:
             with hooked(model, {}, before={name: starts(name) for name in names}), scout:
-                output = run(model, inputs)
+                prefix.output = run(model, inputs)
         except NotImplementedError as error:
             raise Unrepeatable(str(error)) from error
-        for tensor in tree_leaves(output):
+        for tensor in tree_leaves(prefix.output):
             if isinstance(tensor, Tensor) and (memory := scout.memory(tensor)) is not None:
                 memory.read = math.inf
         return prefix

@@ -35,6 +35,10 @@ from .storage import Storage
 RETRIES = 20
 """How often a candidate is begun again when its worker dies; then it is recorded as failed."""
 
+KEEPS_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**36), "MALLOC_TOP_PAD_": str(2**28)}
+"""Of a worker's environment: glibc's allocator keeps the memory of feature maps, which it would hand back to the kernel
+after every operation, and have cleared and mapped again for the next."""
+
 
 @dataclass(frozen=True)
 class RaySettings:
@@ -173,6 +177,7 @@ class RayExecutor:
             # one left.
             "num_cpus": 0,
             "num_gpus": settings.gpus if on_gpu else 0,
+            "runtime_env": {"env_vars": {} if on_gpu else KEEPS_MEMORY},
         }
         self._shared.append(ray.put(shared))
         actor = ray.remote(kind).options(**options)
@@ -233,13 +238,12 @@ class RayExecutor:
             raise ValueError(f"not all workers see {folder}: give storage=, a place that all of them can write to")
 
     def divergences(self, menus: Menus, images: Inputs, kind: str, anchors: int) -> dict[str, dict[int, float]]:
-        """`common.search.sensitivity.divergences` of the first calibration images, the layers divided evenly.
+        """`common.search.sensitivity.divergences` of the first calibration images, the layers dealt among them.
 
         images: how many of them, by their number alone: the workers have them.
         """
-        names, actors = list(menus), self._workers()[: len(menus)]
-        # Every n-th layer to a worker, since what lies behind a layer is what it costs.
-        parts = [{name: menus[name] for name in names[start :: len(actors)]} for start in range(len(actors))]
+        actors = self._workers()[: len(menus)]
+        parts = [{name: menus[name] for name in names} for names in dealt(list(menus), len(actors))]
         found = self._ray.get(
             [
                 actor.divergences.remote(part, length(images), kind, anchors)
@@ -267,3 +271,13 @@ class RayExecutor:
         if self._started:
             self._ray.shutdown()
             self._started = False
+
+
+def dealt(layers: Sequence[str], workers: int) -> list[list[str]]:
+    """The layers of each worker, dealt forth and back: what lies behind a layer is what it costs, and if every round
+    began with the same worker, that one would have the dearest of each."""
+    hands: list[list[str]] = [[] for _ in range(workers)]
+    for place, layer in enumerate(layers):
+        number, seat = divmod(place, workers)
+        hands[seat if number % 2 == 0 else workers - 1 - seat].append(layer)
+    return hands

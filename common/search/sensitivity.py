@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from ..compress import ModelFactors, Targets, reconstructed_outputs
 from ..files import write_text
-from ..inputs import Inputs, channels_last
-from ..modules import copy_with, laid_out
+from ..inputs import Inputs, channels_last, run
+from ..modules import copy_with, hooked, laid_out
 from ..ranks import MenuEntry, Menus
 from .divergence import Reference
 from .prefix import Prefix, Unrepeatable
@@ -124,12 +124,13 @@ class _Measured:
     def __init__(
         self, factors: ModelFactors, menus: Menus, targets: Targets, kind: str, anchors: int, progress: bool
     ) -> None:
-        self._factors, self._targets, self._progress = factors, targets, progress
+        self._factors, self._targets, self._kind, self._progress = factors, targets, kind, progress
         self._work = laid_out(copy_with(factors.model, {}), channels_last=True)
-        self._dense = Reference.of(reconstructed_outputs(self._work, targets), kind)
         self._anchors = {name: _anchors(menu, anchors) for name, menu in menus.items()}
 
     def from_whole_passes(self) -> dict[str, dict[int, float]]:
+        with hooked(self._work, {}):
+            self._dense = Reference.of(run(self._work, self._targets.images), self._kind)
         return {name: self._layer(name, self._targets, nullcontext) for name in self._bar(self._anchors)}
 
     def from_prefixes(self) -> dict[str, dict[int, float]]:
@@ -139,7 +140,7 @@ class _Measured:
             Unrepeatable: it cannot be known what that is.
         """
         prefix = Prefix.of(self._work, self._targets.images, [*self._anchors, *self._targets.norms])
-        found = {}
+        self._dense, found = Reference.of(prefix.output, self._kind), {}
         for name in self._bar(sorted(self._anchors, key=prefix.starts.__getitem__)):
             prefix.advance(name)
             # What the norms before the layer read has not changed.

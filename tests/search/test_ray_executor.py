@@ -3,8 +3,10 @@
 import os
 import random
 import signal
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from common.search.executor import LocalExecutor
 from common.search.ray_executor import RaySettings
 
 ray = pytest.importorskip("ray")
-from common.search.ray_executor import RayExecutor  # noqa: E402
+from common.search.ray_executor import KEEPS_MEMORY, RayExecutor, dealt  # noqa: E402
 
 pytestmark = pytest.mark.apart
 
@@ -79,6 +81,22 @@ def test_sensitivities_are_those_of_this_process(workers, local, factors, menus,
     here = measured_sensitivity(factors, menus, calibration[:32], anchors=2, progress=False)
     spread = workers(2).divergences
     assert measured_sensitivity(factors, menus, calibration[:32], anchors=2, progress=False, spread=spread) == here
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 5])
+def test_layers_are_dealt_once_and_what_lies_behind_them_evenly(number):
+    layers = [str(place) for place in range(53)]
+    hands = dealt(layers, number)
+    assert sorted((layer for hand in hands for layer in hand), key=int) == layers
+    behind = [sum(len(layers) - int(layer) for layer in hand) for hand in hands]
+    assert max(behind) - min(behind) <= len(layers)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+def test_workers_on_processors_keep_the_memory_of_feature_maps(workers):
+    for process in workers(2).processes():
+        environment = Path(f"/proc/{process}/environ").read_text().split("\0")
+        assert {f"{name}={value}" for name, value in KEEPS_MEMORY.items()} <= set(environment)
 
 
 def test_nothing_is_started_for_a_search_that_is_finished(cluster, screener):
