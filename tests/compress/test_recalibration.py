@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from common.compress import HTLayer, factorize, recalibrate
-from common.compress.recalibration import correct_biases, reestimate_batch_norm
 from common.configuration import KernelRanks, MatrixRanks
 from tests.helpers import halved
 
@@ -151,7 +150,7 @@ def test_layers_without_a_bias_and_dense_layers_are_left_alone():
     factors = factorize(dense, x, layers=names(dense))
     compressed = factors.compress({"0": KernelRanks(2, 2, 3)})
     before = {name: value.clone() for name, value in compressed.state_dict().items()}
-    correct_biases(compressed, x, factors.output_means())
+    recalibrate(compressed, x, factors.output_means())
     assert all(torch.equal(value, before[name]) for name, value in compressed.state_dict().items())
 
 
@@ -171,29 +170,72 @@ def test_batch_norm_statistics_equal_those_of_the_data():
     with torch.no_grad():
         first = model[0](x).double()
         second = model[3](model[2](model[1](model[0](x)))).double()
-    # Behind the first norm, the pass itself normalised by the biased variance: 1 part in 2 N H W apart.
-    for norm, features, tolerance in ((model[1], first, 1e-5), (model[4], second, 2e-3)):
+    for norm, features in ((model[1], first), (model[4], second)):
         mean, variance = features.mean((0, 2, 3)), features.var((0, 2, 3))
-        torch.testing.assert_close(norm.running_mean.double(), mean, rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(norm.running_var.double(), variance, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(norm.running_mean.double(), mean, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(norm.running_var.double(), variance, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("count", [9, 17, 18])
-def test_a_small_last_batch_weighs_no_more_than_its_images(count):
-    """Batches of 8: a last one of 1 or 2 images must neither be lost nor count like 8."""
-    model, x = normed_net(), images(count, seed=5)
-    x[-2:] += 20
-    recalibrate(model, x, batch_size=8)
+@pytest.mark.parametrize("batch_size", [1, 7, 16, None])
+def test_full_ranks_change_nothing_however_images_are_batched_and_ordered(batch_size):
+    dense, x = deep_stack().eval(), images(41)
+    factors = factorize(dense, x, layers=names(dense))
+    full = factors.compress({name: layer.full_ranks for name, layer in factors.layers.items()})
+    recalibrate(full, x.flip(0), factors.output_means(), factors.output_stds(), batch_size=batch_size)
     with torch.no_grad():
-        mean = model[0](x).double().mean((0, 2, 3))
-    torch.testing.assert_close(model[1].running_mean.double(), mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(full(x), dense(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [deep_stack, normed_net])
+def test_any_order_and_any_batch_size_come_to_the_same(make):
+    dense, x = make().eval(), images(17, seed=5)
+    x[-2:] += 20  # a short last batch weighs no more than its images
+    factors = factorize(dense, x, layers=names(dense))
+
+    def outputs(given, batch_size):
+        small = factors.compress(halved(factors))
+        recalibrate(small, given, factors.output_means(), factors.output_stds(), batch_size=batch_size)
+        with torch.no_grad():
+            return small.eval()(x)
+
+    for batch_size, order in ((8, range(17)), (8, reversed(range(17))), (1, range(17)), (3, range(17))):
+        torch.testing.assert_close(outputs(x[list(order)], batch_size), outputs(x, 17), rtol=1e-3, atol=1e-3)
+
+
+def test_a_layer_and_a_norm_that_run_more_than_once_are_corrected_for_all_their_calls_together():
+    class Thrice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(6)
+            self.layer, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            for _ in range(3):
+                x = torch.relu(self.layer(x)) + x
+            return self.norm(x) + self.norm(2 * x)
+
+    dense, x = Thrice().eval(), images()
+    recalibrate(dense, x)
+    factors = factorize(dense, x, layers=["layer"])
+    full = factors.compress({"layer": factors.layers["layer"].full_ranks})
+    recalibrate(full, x, factors.output_means(), factors.output_stds(), batch_size=5)
+    with torch.no_grad():
+        torch.testing.assert_close(full(x), dense(x), rtol=1e-3, atol=1e-3)
 
 
 def test_one_map_position_and_a_lone_last_image_are_no_obstacle():
-    """Batch norm refuses a batch of one image at a 1 x 1 map."""
+    """Batch norm in training refuses a batch of one image at a 1 x 1 map."""
+    model, x = nn.Sequential(nn.Conv2d(3, 4, (8, 9)), nn.BatchNorm2d(4)), images(9)
+    recalibrate(model, x, batch_size=8)
+    with torch.no_grad():
+        torch.testing.assert_close(model[1].running_var, model[0](x).var((0, 2, 3)), rtol=1e-4, atol=1e-4)
+
+
+def test_a_norm_that_reads_one_value_of_each_channel_has_no_variance_to_estimate():
     model = nn.Sequential(nn.Conv2d(3, 4, (8, 9)), nn.BatchNorm2d(4))
-    recalibrate(model, images(9), batch_size=8)
-    assert int(model[1].num_batches_tracked) == 2
+    with pytest.raises(ValueError, match="batch norm 1 reads one value"):
+        recalibrate(model, images(1))
+    assert model[1].running_var.eq(1).all()
 
 
 def test_the_bias_behind_batch_norm_is_corrected_for_the_new_statistics():
@@ -237,7 +279,7 @@ def test_everything_is_restored_when_the_model_raises():
 
 def test_batch_norm_without_running_statistics_is_left_alone():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)).eval()
-    reestimate_batch_norm(model, [images()])
+    recalibrate(model, images())
     assert model[1].running_mean is None
 
 
