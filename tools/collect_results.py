@@ -59,7 +59,8 @@ def collect(log: Path, out: Path, baselines: Path) -> Path:
     if not RUN_FOLDER.fullmatch(folder.name) or run["baseline"] is None:
         raise ValueError(f"{log} is not the log of a whole run: it lacks the data set, the image size or the baseline")
     write_text(folder / f"{log.stem}.json", json.dumps(run, indent=1, allow_nan=False) + "\n")
-    own = baselines / f"{head['model']}_{head['dataset']}_{head['image_size']}.json"
+    plain = f"{head['model']}_{head['dataset']}_{head['image_size']}"
+    own = (baselines / head.get("baseline_checkpoint", plain)).with_suffix(".json")
     for training in _trainings(own):
         name = head["model"] if training == own else training.stem
         shutil.copyfile(training, folder / f"baseline-{name}.json")

@@ -341,7 +341,7 @@ def commands(results: Path) -> str:
         rows.append([f"{name.partition(' ')[0]}, after `make setup`", f"`{name}`", f"{minutes:.0f}"])
     for folder in run_folders(results):
         for path in sorted(folder.glob("baseline-*.json")):
-            rows.append(_baseline_command(folder.name, read_json(path)))
+            rows.append(_baseline_command(path, read_json(path)))
         for path in sorted(folder.glob("*.ipynb")):
             rows.append(_notebook_command(folder.name, read_json(path)["metadata"]["papermill"]))
     for path in sorted((results / "rank-selection").glob("*/rows.json")):
@@ -355,7 +355,8 @@ def commands(results: Path) -> str:
     return tabulate(rows, headers=["what", "command", "minutes"], tablefmt="github", disable_numparse=True)
 
 
-def _baseline_command(folder: str, record: Mapping[str, Any]) -> list[str]:
+def _baseline_command(path: Path, record: Mapping[str, Any]) -> list[str]:
+    folder, first = path.parent.name, ""
     settings = record["settings"]
     options = {
         "--model": record["model"],
@@ -373,8 +374,11 @@ def _baseline_command(folder: str, record: Mapping[str, Any]) -> list[str]:
     words = [str(word) for option in options.items() for word in option]
     command = f"`{shlex.join(['python', 'finetuned/finetune_models.py', *words])}`"
     minutes = sum(epoch["seconds"] for epoch in record["epochs"]) / 60
-    size = "" if folder.endswith(f"-{record['image_size']}") else f", first at {record['image_size']} px"
-    return [f"{folder}: baseline {record['model']}{size}", command, f"{minutes:.0f}"]
+    if not folder.endswith(f"-{record['image_size']}"):
+        first = f", first at {record['image_size']} px"
+    elif path.stem != f"baseline-{record['model']}":
+        first = f", first on {record['train_images']:,} images"
+    return [f"{folder}: baseline {record['model']}{first}", command, f"{minutes:.0f}"]
 
 
 def _notebook_command(folder: str, executed: Mapping[str, Any]) -> list[str]:

@@ -48,6 +48,20 @@ def test_a_run_comes_home(logged, tmp_path):
     assert (out / "radar.png").exists()
 
 
+def test_the_baseline_is_the_one_that_the_log_names(tmp_path):
+    """Beside one of the plain name, of other data or settings, a run's own has a name of its own."""
+    log, baselines = tmp_path / "logs" / "run.log", tmp_path / "saved_models"
+    baselines.mkdir()
+    for name in ("alexnet_mnist_224", "alexnet_mnist_224-0123abcd"):
+        (baselines / f"{name}.json").write_text(json.dumps({"weights": "none", "name": name}))
+    with RunLog(log) as text:
+        own = {"baseline_checkpoint": "alexnet_mnist_224-0123abcd.safetensors", "versions": {"torch": "2"}}
+        text.header({"model": "alexnet", "dataset": "mnist", "image_size": 224, "seed": 0, **own})
+        text.baseline("alexnet", 1_000_000, 50_000_000, 0.99, 0.01)
+    folder = collect_results.collect(log, tmp_path / "results", baselines)
+    assert json.loads((folder / "baseline-alexnet.json").read_text())["name"] == "alexnet_mnist_224-0123abcd"
+
+
 def test_baselines_that_start_from_each_other_are_told_once(tmp_path):
     for name, start in (("a", "b"), ("b", "a")):
         (tmp_path / f"{name}.json").write_text(json.dumps({"weights": f"{start}.safetensors"}))
