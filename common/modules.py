@@ -83,6 +83,10 @@ def hooked(
                 handle.remove()
 
 
+class Reached(BaseException):
+    """Ends a pass of a network where nothing more is wanted of it; no business of the network's own error handling."""
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The network itself, out of torch.compile's, DataParallel's and DistributedDataParallel's wrappings.
 

@@ -20,6 +20,7 @@ if __package__ in (None, ""):
 import analyze_results
 import jsonify_logs
 from common.files import atomic_path, write_text
+from common.finetune.baselines import checkpoint_path
 from common.reports import choose, group_runs, read_log, to_json
 from tools.documents import RUN_FOLDER, STRICT, run_folders
 
@@ -59,8 +60,8 @@ def collect(log: Path, out: Path, baselines: Path) -> Path:
     if not RUN_FOLDER.fullmatch(folder.name) or run["baseline"] is None:
         raise ValueError(f"{log} is not the log of a whole run: it lacks the data set, the image size or the baseline")
     write_text(folder / f"{log.stem}.json", json.dumps(run, indent=1, allow_nan=False) + "\n")
-    plain = f"{head['model']}_{head['dataset']}_{head['image_size']}"
-    own = (baselines / head.get("baseline_checkpoint", plain)).with_suffix(".json")
+    named = head.get("baseline_checkpoint") or checkpoint_path(head["model"], head["dataset"], head["image_size"]).name
+    own = baselines / f"{Path(str(named)).stem}.json"
     for training in _trainings(own):
         name = head["model"] if training == own else training.stem
         shutil.copyfile(training, folder / f"baseline-{name}.json")

@@ -356,7 +356,6 @@ def commands(results: Path) -> str:
 
 
 def _baseline_command(path: Path, record: Mapping[str, Any]) -> list[str]:
-    folder, first = path.parent.name, ""
     settings = record["settings"]
     options = {
         "--model": record["model"],
@@ -374,11 +373,12 @@ def _baseline_command(path: Path, record: Mapping[str, Any]) -> list[str]:
     words = [str(word) for option in options.items() for word in option]
     command = f"`{shlex.join(['python', 'finetuned/finetune_models.py', *words])}`"
     minutes = sum(epoch["seconds"] for epoch in record["epochs"]) / 60
-    if not folder.endswith(f"-{record['image_size']}"):
-        first = f", first at {record['image_size']} px"
+    what = f"{path.parent.name}: baseline {record['model']}"
+    if not path.parent.name.endswith(f"-{record['image_size']}"):
+        what += f", first at {record['image_size']} px"
     elif path.stem != f"baseline-{record['model']}":
-        first = f", first on {record['train_images']:,} images"
-    return [f"{folder}: baseline {record['model']}{first}", command, f"{minutes:.0f}"]
+        what += f", first on {record['train_images']:,} images"
+    return [what, command, f"{minutes:.0f}"]
 
 
 def _notebook_command(folder: str, executed: Mapping[str, Any]) -> list[str]:

@@ -51,7 +51,7 @@ def _diagonal_blocks(matrix: Tensor, count: int) -> list[Tensor]:
     return [rows.chunk(count, dim=1)[place] for place, rows in enumerate(matrix.chunk(count))]
 
 
-class _Accumulator:
+class Accumulator:
     """Running moments of the rows of ``(rows, channels)`` matrices.
 
     Summed about the first batch's mean: the covariance of outputs that hardly vary around a large mean would otherwise
@@ -103,7 +103,7 @@ class _WindowAccumulator:
         self._dilation = (1, 1) if trace.unflatten else layer.dilation
         # What meets in one output of a transposed layer lies apart by the stride, not by one: its window tells nothing.
         self._axes = () if isinstance(layer, TRANSPOSED) else range(len(self._size))
-        self._channels = _Accumulator()
+        self._channels = Accumulator()
         self._products = [torch.zeros(size, size, dtype=torch.float64) for size in self._size]
         # Map shape -> images, and their sum: a shared layer may meet maps of several sizes.
         self._maps: dict[torch.Size, tuple[int, Tensor]] = {}
@@ -207,7 +207,7 @@ def gather_moments(
     """
     kernels = set(kernels)
     inputs = {name: _WindowAccumulator(model.get_submodule(name), traces[name]) for name in traces if name in kernels}
-    outputs = {name: _Accumulator() for name in traces}
+    outputs = {name: Accumulator() for name in traces}
 
     def observe(name: str):
         def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:

@@ -12,19 +12,20 @@ full ranks, and on the images that the dense statistics are of, biases and scale
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..inputs import Batches, Inputs, batches_of, joined, length, like_model, run, split
-from ..modules import hooked, inputs_batch, unwrapped
+from ..modules import Reached, hooked, inputs_batch, unwrapped
 from .flow import running_norms
 from .geometry import scale_outputs
 from .layers import HTLayer
-from .moments import channels_last_rows, mean_and_variance, wide
+from .moments import Accumulator, channels_last_rows
 
 LARGEST_GAIN = 4.0
 """Most that a channel's scale is changed: a channel that is nearly lost would only have its noise amplified."""
@@ -38,12 +39,11 @@ def recalibrate(
     *,
     batch_size: int | None = None,
 ) -> nn.Module:
-    """Estimate batch-norm statistics again and correct biases, from ``images: (N, C, H, W)``; changes ``model``.
-
-    images: also as batches in any form, see `common.inputs`. Where means are given back, those that they are of: a
-        scale that is compared with other images' is changed by their difference too.
+    """Estimate batch-norm statistics again and correct biases, from images; changes ``model``.
 
     Args:
+        images: ``(N, C, H, W)``, or batches in any form, see `common.inputs`. Where means are given back, those that
+            they are of: a scale that is compared with other images' is changed by their difference too.
         output_means: layer name -> the dense layer's mean output ``(C_out,)``. Factorised layers with a bias get it
             back.
         output_stds: likewise its standard deviation; without it, scales are left alone.
@@ -64,14 +64,15 @@ def recalibrate(
     layers = [n for n, m in inside.named_modules() if isinstance(m, HTLayer) and m.bias is not None and n in means]
     for name, calls in _calls(inside, [*running_norms(inside), *layers], batches[0]).items():
         module = inside.get_submodule(name)
-        mean, variance, rows = _statistics(inside, name, calls, batches)
+        found = _statistics(inside, name, calls, batches)
+        variance = found.covariance.diagonal().clamp_min(0)
         if isinstance(module, HTLayer):
-            _match(module, mean, variance, means[name], stds.get(name))
-        elif rows == 1:
+            _match(module, found.mean, variance, means[name], stds.get(name))
+        elif found.count == 1:
             raise ValueError(f"batch norm {name} reads one value of each channel: give more images")
         else:
-            module.running_mean.copy_(mean)
-            module.running_var.copy_(variance * rows / (rows - 1))
+            module.running_mean.copy_(found.mean)
+            module.running_var.copy_(variance * found.count / (found.count - 1))
     return model
 
 
@@ -87,38 +88,22 @@ def _calls(model: nn.Module, names: Sequence[str], batch: Inputs) -> dict[str, i
     return dict(found)
 
 
-class _Reached(BaseException):
-    """Ends a pass where nothing more is wanted of it; no business of the network's own error handling."""
+def _statistics(model: nn.Module, name: str, calls: int, batches: Sequence[Inputs]) -> Accumulator:
+    """The moments of a norm's input or a layer's output, over all images and calls."""
+    found, runs = Accumulator(), itertools.count(1)
 
+    def observe(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        is_layer = isinstance(module, HTLayer)
+        linear = is_layer and module.geometry.linear
+        found.add(channels_last_rows(output if is_layer else inputs[0], -1 if linear else 1))
+        if next(runs) % calls == 0:
+            raise Reached
 
-def _statistics(model: nn.Module, name: str, calls: int, batches: Sequence[Inputs]) -> tuple[Tensor, Tensor, int]:
-    """Mean and variance per channel ``(C,)`` of a norm's input or a layer's output, over all images and calls, and of
-    how many rows. Parts are pooled in float64 (Chan et al. 1983): any batching comes to the same."""
-    parts: list[tuple[int, Tensor, Tensor]] = []
-
-    def seen(features: Tensor, axis: int) -> None:
-        rows = channels_last_rows(wide(features), axis)
-        parts.append((len(rows), *(part.double() for part in mean_and_variance(rows))))
-        if len(parts) % calls == 0:
-            raise _Reached
-
-    def before(_norm: _BatchNorm, inputs: tuple) -> None:
-        seen(inputs[0], 1)
-
-    def after(layer: HTLayer, _inputs: tuple, output: Tensor) -> None:
-        seen(output, -1 if layer.geometry.linear else 1)
-
-    is_layer = isinstance(model.get_submodule(name), HTLayer)
-    with hooked(model, {name: after} if is_layer else {}, before={} if is_layer else {name: before}):
+    with hooked(model, {name: observe}):
         for batch in batches:
-            try:
+            with suppress(Reached):
                 run(model, batch)
-            except _Reached:
-                continue
-    rows = sum(count for count, _, _ in parts)
-    mean = torch.stack([count * own for count, own, _ in parts]).sum(0) / rows
-    spread = torch.stack([count * (variance + (own - mean).square()) for count, own, variance in parts])
-    return mean, spread.sum(0) / rows, rows
+    return found
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..inputs import Inputs, run
-from ..modules import hooked
+from ..modules import Reached, hooked
 
 
 class Unrepeatable(Exception):
@@ -88,11 +88,8 @@ class Prefix:
         """
         place, self._layer = self.starts[name], name
         recorder = _Replay(self._operations, self._kept, until=place)
-        try:
-            with hooked(self.model, {}), recorder:
-                run(self.model, self.inputs)
-        except _Reached:
-            pass
+        with suppress(Reached), hooked(self.model, {}), recorder:
+            run(self.model, self.inputs)
         for index, memories in enumerate(self._made[:place]):
             if memories and all(memory.read < place for memory in memories):
                 self._kept[index] = tree_map_only(Tensor, self._placeholder, self._kept[index])
@@ -165,10 +162,6 @@ class _Scout(TorchDispatchMode):
         return output
 
 
-class _Reached(BaseException):
-    """Unwinds a pass at the layer that it was to come to; no business of the network's own error handling."""
-
-
 class _Replay(TorchDispatchMode):
     """Hands out what is kept of the first operations, computes and keeps those up to a place, and ends there."""
 
@@ -180,7 +173,7 @@ class _Replay(TorchDispatchMode):
         index = self._next
         self._next += 1
         if index >= self._until:
-            raise _Reached
+            raise Reached
         if func is not self._operations[index]:
             raise Unrepeatable(f"operation {index} was {self._operations[index]}, and is {func}")
         if index >= len(self._kept):

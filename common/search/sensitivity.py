@@ -130,8 +130,8 @@ class _Measured:
 
     def from_whole_passes(self) -> dict[str, dict[int, float]]:
         with hooked(self._work, {}):
-            self._dense = Reference.of(run(self._work, self._targets.images), self._kind)
-        return {name: self._layer(name, self._targets, nullcontext) for name in self._bar(self._anchors)}
+            dense = Reference.of(run(self._work, self._targets.images), self._kind)
+        return {name: self._layer(name, self._targets, dense, nullcontext) for name in self._bar(self._anchors)}
 
     def from_prefixes(self) -> dict[str, dict[int, float]]:
         """Likewise, with what the network computes before the layer computed once.
@@ -140,14 +140,14 @@ class _Measured:
             Unrepeatable: it cannot be known what that is.
         """
         prefix = Prefix.of(self._work, self._targets.images, [*self._anchors, *self._targets.norms])
-        self._dense, found = Reference.of(prefix.output, self._kind), {}
+        dense, found = Reference.of(prefix.output, self._kind), {}
         for name in self._bar(sorted(self._anchors, key=prefix.starts.__getitem__)):
             prefix.advance(name)
             # What the norms before the layer read has not changed.
             behind = {n: norm for n, norm in self._targets.norms.items() if prefix.starts[n] >= prefix.starts[name]}
-            found[name] = self._layer(name, replace(self._targets, norms=behind), prefix.replayed)
+            found[name] = self._layer(name, replace(self._targets, norms=behind), dense, prefix.replayed)
         with prefix.replayed():  # up to the last layer: all that is ever kept
-            again = self._dense.distance(reconstructed_outputs(self._work, replace(self._targets, norms={})))
+            again = dense.distance(reconstructed_outputs(self._work, replace(self._targets, norms={})))
         if not abs(again) < SAME:
             raise Unrepeatable(f"the outputs that came from kept results differ by a divergence of {again}")
         return found
@@ -155,7 +155,9 @@ class _Measured:
     def _bar(self, names: Iterable[str]) -> Iterable[str]:
         return tqdm(names, desc="sensitivity", unit="layer", disable=not self._progress)
 
-    def _layer(self, name: str, targets: Targets, around: Callable[[], AbstractContextManager]) -> dict[int, float]:
+    def _layer(
+        self, name: str, targets: Targets, dense: Reference, around: Callable[[], AbstractContextManager]
+    ) -> dict[int, float]:
         work, original = self._work, self._work.get_submodule(name)
         device, found = tree_leaves(targets.images)[0].device, {}
         for index, entry in self._anchors[name].items():
@@ -166,11 +168,11 @@ class _Measured:
                     output = reconstructed_outputs(work, targets)
             finally:
                 work.set_submodule(name, original)
-            divergence = self._dense.distance(output)
+            divergence = dense.distance(output)
             found[index] = divergence if np.isfinite(divergence) else float(np.finfo(np.float32).max)
-        for norm, dense in targets.norms.items():
-            work.get_submodule(norm).running_mean.copy_(dense.running_mean)
-            work.get_submodule(norm).running_var.copy_(dense.running_variance)
+        for norm, before in targets.norms.items():
+            work.get_submodule(norm).running_mean.copy_(before.running_mean)
+            work.get_submodule(norm).running_var.copy_(before.running_variance)
         return found
 
 
