@@ -30,8 +30,8 @@ class RunSettings(SearchKnobs):
         weights: what the baseline starts from: imagenet, none, or the path of a checkpoint.
         train_limit: stratified subset of the training images used, None for all.
         baseline_epochs: of the dense network, when it has to be trained.
-        val_images: validation images evaluated after each epoch of training, None for all; chooses between the
-            candidates of one budget.
+        val_images: validation images evaluated after each epoch of training but the last, None for all; they give up
+            candidates half-way. What losses are counted by is of all validation images.
         finetune_epochs: at most; 3 is the protocol's limit.
         split_seed: of the validation split, the training subset and the baseline's training. Runs that differ in `seed`
             alone share it: what one of them validates on was never trained on by their common baseline.

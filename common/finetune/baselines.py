@@ -33,6 +33,9 @@ from .training import train
 CURVE_KEYS = ("epoch", "train_loss", "val_loss", "val_accuracy")
 """What of each epoch the training curve shows."""
 
+VALIDATED = "validated_images"
+"""Where a checkpoint says how many validation images its accuracy is of."""
+
 SAVED_MODELS = Path("finetuned/saved_models")
 
 
@@ -200,7 +203,11 @@ def _loaded(wanted: _Wanted, path: Path) -> Baseline | None:
     if "val_accuracy" not in metadata or "test_accuracy" not in metadata:
         raise CheckpointError(f"{path} was not written by finetune_models.py: its accuracy is not recorded")
     model = model.to(memory_format=torch.channels_last)  # as training leaves it
-    accuracies = metadata["val_accuracy"], metadata["test_accuracy"]
+    validation = metadata["val_accuracy"]
+    if metadata.get(VALIDATED) != len(wanted.dataset.val):
+        # Of an earlier version, whose last epoch read `val_images` of them: candidates are judged by all.
+        validation = evaluate(model, wanted.dataset.val, amp=wanted.settings.amp).accuracy
+    accuracies = validation, metadata["test_accuracy"]
     return Baseline(model, wanted.architecture, path, *accuracies, trained_now=False, fingerprint=wanted.fingerprint)
 
 
@@ -228,6 +235,7 @@ def _trained(wanted: _Wanted, path: Path, *, fresh: bool = False, progress: bool
         "val_images": len(dataset.val),
         "test_images": len(dataset.test),
         "val_accuracy": history.epochs[-1].val_accuracy,
+        VALIDATED: len(dataset.val),
         "test_accuracy": test.accuracy,
         "fingerprint": wanted.fingerprint,
         "settings": asdict(settings),

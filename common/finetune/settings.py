@@ -32,7 +32,8 @@ class TrainSettings:
         optimizer: sgd (Nesterov momentum 0.9) or adamw.
         warmup: share of all batches.
         clip_norm: largest norm of the whole gradient; None: any.
-        val_images: evaluated after each epoch, the first of the validation split; None: all.
+        val_images: evaluated after each epoch but the last, the first of the validation split; None: all. The last
+            epoch's score is of all.
         amp: bfloat16 autocast; None: on CUDA, and on processors that have bfloat16.
         distill_weight: share of the loss that comes from the teacher.
 

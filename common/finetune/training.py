@@ -103,7 +103,8 @@ def train(
             bar.set_description(f"epoch {epoch + 1}/{settings.epochs}")
             started = time.perf_counter()
             train_loss = _train_epoch(model, optimizer, dataset.train, settings, epoch, targets, bar)
-            found = evaluate(model, dataset.val, limit=settings.val_images, amp=settings.amp)
+            last = epoch + 1 == settings.epochs  # what is chosen by, and what a loss is counted from: read in full
+            found = evaluate(model, dataset.val, limit=None if last else settings.val_images, amp=settings.amp)
             seconds = time.perf_counter() - started
             records.append(EpochRecord(epoch + 1, train_loss, found.accuracy, found.loss, seconds))
             bar.set_postfix(loss=f"{train_loss:.4f}", val=f"{found.accuracy:.4f}")

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from common.data import load
-from common.finetune import TrainSettings, baseline, train_baseline
+from common.finetune import TrainSettings, baseline, evaluate, train_baseline
 from common.finetune.baselines import checkpoint_path
 from common.models import load_checkpoint, save_checkpoint
 
@@ -95,12 +95,27 @@ def test_a_checkpoint_without_fingerprint_is_taken_where_all_that_it_says_agrees
     assert made(tmp_path, digits, replace(PLAIN, learning_rate=0.02)).trained_now
 
 
+def test_the_accuracy_of_a_baseline_is_of_all_validation_images(tmp_path, digits, first):
+    everything = evaluate(first.model, digits.val).accuracy
+    assert first.val_accuracy == everything
+    rewritten(first.checkpoint, val_accuracy=0.123)
+    assert made(tmp_path, digits).val_accuracy == 0.123
+    rewritten(first.checkpoint, without="validated_images", val_accuracy=0.123)
+    again = made(tmp_path, digits)
+    assert (again.trained_now, again.val_accuracy) == (False, everything)
+
+
 def strip_fingerprint(path):
     """The checkpoint as earlier versions wrote it."""
+    rewritten(path, without="fingerprint")
+
+
+def rewritten(path, without=None, **other):
+    """The checkpoint with other metadata."""
     model, metadata = load_checkpoint(path)
     with safetensors.safe_open(path, framework="pt") as file:
-        known = json.loads(file.metadata()["metadata"])
-    del known["fingerprint"]
+        known = {**json.loads(file.metadata()["metadata"]), **other}
+    known.pop(without, None)
     save_checkpoint(model, path, architecture=MODEL, classes=metadata["classes"], metadata=known)
 
 

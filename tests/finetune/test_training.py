@@ -159,6 +159,19 @@ def test_on_epoch_can_stop(digits):
     assert not history.stopped
 
 
+def test_few_validation_images_after_each_epoch_but_all_after_the_last(digits, monkeypatch):
+    asked = []
+
+    def noted(model, split, **options):
+        asked.append(options["limit"])
+        return evaluate(model, split, **options)
+
+    monkeypatch.setattr("common.finetune.training.evaluate", noted)
+    model, history = trained(digits, replace(SETTINGS, epochs=2, val_images=16))
+    assert asked == [16, None]
+    assert history.epochs[-1].val_accuracy == evaluate(model, digits.val).accuracy
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_diverged_loss_names_epoch_and_batch(digits, bad):
     class Breaks(nn.Module):
