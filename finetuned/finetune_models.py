@@ -40,7 +40,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="default: 128, or 32 for small data sets")
     parser.add_argument("--learning-rate", type=float, help="default: what suits the architecture")
     parser.add_argument("--train-limit", type=int, metavar="IMAGES", help="use a stratified subset")
-    parser.add_argument("--val-images", type=int, metavar="IMAGES", help="evaluated after each epoch but the last; default: all")
+    parser.add_argument("--val-images", type=int, metavar="IMAGES", help="after each epoch but the last; default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, ...")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
