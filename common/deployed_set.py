@@ -61,8 +61,10 @@ def deploy_all(
     scores: dict[str, float | None] = {}
     if int8 is not None:
         for name in networks:
-            # Of what is deployed already: folded, and in the plans that were chosen.
-            own = deploy(models[name].model, example, runtime=runtime, int8=first(int8, INT8_IMAGES))
+            # Where the ranks are still at hand, plans are chosen anew: int8 has other favourites.
+            given = networks[name]
+            given = given.model if isinstance(given, Deployed) else given
+            own = deploy(given, example, runtime=runtime, int8=first(int8, INT8_IMAGES))
             models[name + IN_INT8] = own
             scores[name + IN_INT8] = score(AsModule(own)) if score is not None else None
     seconds = measure_latency({name: model.run for name, model in models.items()}, example)

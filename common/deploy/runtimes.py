@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import TreeSpec, tree_leaves
 
-from ..inputs import Inputs, run
+from ..inputs import Inputs, first, run
 from .onnx_export import onnx_bytes, onnx_layer, onnx_session, output_structure
 from .openvino_run import openvino_model, openvino_session
 from .quantise import quantised_onnx, quantised_openvino
@@ -18,6 +18,9 @@ from .quantise import quantised_onnx, quantised_openvino
 RUNTIMES = ("torch", "onnxruntime", "openvino")
 
 Run = Callable[[Inputs], Any]
+
+LAYER_RANGES = 2
+"""Samples that a layer timed alone in int8 takes its ranges from: its speed does not depend on them."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Target:
         cuda_graph: record it as a CUDA graph.
         threads: CPU threads of onnxruntime and OpenVINO; torch's are the process's.
         bfloat16: of OpenVINO: compute in it.
-        int8: quantise whole networks to int8, with ranges from these float32 images on the CPU; None: do not.
+        int8: quantise to int8, whole networks with ranges from these float32 images on the CPU; None: do not.
 
     Raises:
         ValueError: an unknown runtime, or options that exclude one another.
@@ -70,24 +73,25 @@ class Target:
                 )
 
     def layer_run(self, layer: nn.Module, inputs: Inputs) -> Run:
-        """A plain layer, to be timed alone: never compiled."""
+        """A plain layer, to be timed alone: never compiled; in int8 with the ranges of these inputs."""
         if self.runtime == "torch":
             return self._torch_run(layer, inputs)
-        graph = onnx_layer(layer, inputs.shape[1:])
-        if self.runtime == "onnxruntime":
-            return onnx_session(graph, self.threads)
-        return openvino_session(openvino_model(graph), self.threads, bfloat16=self.bfloat16)
+        ranges = None if self.int8 is None else first(inputs, LAYER_RANGES)
+        return self._session(onnx_layer(layer, inputs.shape[1:]), ranges)
 
     def uncompiled_run(self, model: nn.Module, example: Inputs) -> Run:
         """A whole network, run as layers are timed."""
         if self.runtime == "torch":
             return self._torch_run(model, example)
-        structure, graph = output_structure(model, example), onnx_bytes(model, example)
+        return self._session(onnx_bytes(model, example), self.int8, output_structure(model, example))
+
+    def _session(self, graph: bytes, ranges: Inputs | None, structure: TreeSpec | None = None) -> Run:
+        """A graph in onnxruntime or OpenVINO, in int8 where there are images to take ranges from."""
         if self.runtime == "onnxruntime":
-            graph = graph if self.int8 is None else quantised_onnx(graph, self.int8)
+            graph = graph if ranges is None else quantised_onnx(graph, ranges)
             return onnx_session(graph, self.threads, structure=structure)
         read = openvino_model(graph)
-        read = read if self.int8 is None else quantised_openvino(read, self.int8)
+        read = read if ranges is None else quantised_openvino(read, ranges)
         return openvino_session(read, self.threads, structure=structure, bfloat16=self.bfloat16)
 
     def run(self, model: nn.Module, example: Inputs) -> Run:

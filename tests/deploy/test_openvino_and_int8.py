@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.compress import factorize
-from common.deploy import deploy, export_onnx, onnx_session
+from common.deploy import deploy, export_onnx, network, onnx_session, runtimes
 from common.deploy import packages as module
 from common.deploy.onnx_export import onnx_bytes
 from common.deploy.openvino_run import openvino_model, openvino_session
@@ -118,6 +118,44 @@ def test_int8_nearly_gives_the_same_and_is_no_float32(small, images, digits, run
     assert deployed.predicted_seconds is None
     with torch.no_grad():  # what is kept is the network as it was
         assert relative(expected, deployed.model(images)) < 1e-4
+
+
+@pytest.mark.parametrize("winner", [0, 1])
+def test_plans_are_timed_in_int8_and_in_float32_and_the_faster_network_is_taken(small, images, monkeypatch, winner):
+    def times(kind):
+        """Pretends that in int8 one plan of each layer is the fastest, and in float32 another one."""
+
+        def measure(modules, _inputs):
+            best = list(modules)[0 if kind.int8 is not None else -1]
+            return {name: [1.0 if name == best else 2.0] * 3 for name in modules}
+
+        return measure
+
+    monkeypatch.setattr(network, "_layer_timer", lambda target, *_: times(target))
+    monkeypatch.setattr(
+        network,
+        "measure_latency",
+        lambda runs, *_, **__: {name: float(place != winner) for place, name in enumerate(runs)},
+    )
+    found = deploy(small, images[:4], runtime="onnxruntime", int8=images[:8], rounds=1)
+    first = {name: list(choice.timings)[0 if winner == 0 else -1] for name, choice in found.layers.items()}
+    assert found.plans == first
+    for choice in found.layers.values():
+        assert next(iter(choice.timings.values())).seconds == 1.0  # the times are those of int8
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_layer_alone_is_timed_in_int8(images, runtime, monkeypatch):
+    quantised = []
+    for name in ("quantised_onnx", "quantised_openvino"):
+        real = getattr(runtimes, name)
+        monkeypatch.setattr(runtimes, name, lambda graph, given, real=real: quantised.append(1) or real(graph, given))
+    layer, inputs = nn.Conv2d(3, 8, 3).eval(), images[:4]
+    found = Target(runtime, False, False, 1, int8=images[:8]).layer_run(layer, inputs)(inputs)
+    assert len(quantised) == 1
+    assert 1e-4 < relative(layer(inputs).detach(), found) < 0.1
+    Target(runtime, False, False, 1).layer_run(layer, inputs)
+    assert len(quantised) == 1
 
 
 def test_a_file_in_int8_is_smaller_checked_and_keeps_its_metadata(small, images, tmp_path):
