@@ -72,6 +72,7 @@ def _run(options: argparse.Namespace) -> int:
         learning_rate=options.learning_rate,
         tolerance=options.max_loss,
         control=options.control,
+        feature_weight=options.feature_weight,
         augment=options.augment,
         leave_dense=options.leave_dense,
         seed=options.seed,
@@ -161,6 +162,12 @@ def _parser() -> argparse.ArgumentParser:
         help="train the dense network on as long, and count losses from the better of the two",
     )
     parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument(
+        "--feature-weight",
+        type=float,
+        default=0.0,
+        help="of the dense network's feature maps in the training, such as 10 (default: 0, of its outputs alone)",
+    )
     parser.add_argument(
         "--no-augment",
         dest="augment",

@@ -6,8 +6,9 @@ CIFAR-10's residual networks from their published checkpoints. Every method choo
 all are compressed with the same data-aware factors and reconstructed alike. Samplers propose --candidates
 configurations per budget and the one of least divergence on validation images is taken; rules propose one. Test is read
 once for each row. The checkpoints were trained on all training images, so that validation accuracy flatters them;
-divergence from the dense outputs ranks candidates all the same. With --epochs, all are fine-tuned alike,
-distilled from the dense one on augmented images; the dense network trained on as long is a row of its own.
+divergence from the dense outputs ranks candidates all the same. With --epochs, all are fine-tuned alike, distilled
+from the dense one on augmented images, by its outputs and by the feature maps of its blocks where theirs have the same
+shape; the dense network trained on as long is a row of its own.
 
 Writes rows.json after every row, and goes on where it was; then table.md.
 """
@@ -60,7 +61,9 @@ PEERS = ("torch-pruning", "tensorly-torch Tucker", "tensorly-torch CP", "Tucker-
 METHODS = (*SAMPLERS, *RULES, TWO_FACTOR, *PEERS)
 DENSE = "dense, trained on"
 
-RECIPE = TrainSettings(learning_rate=0.01, weight_decay=1e-4, distill_weight=0.9, distill_temperature=4.0)
+RECIPE = TrainSettings(
+    learning_rate=0.02, weight_decay=1e-4, distill_weight=0.9, distill_temperature=4.0, feature_weight=10.0
+)
 """How networks are fine-tuned: of every method alike, and the dense one."""
 
 

@@ -62,6 +62,7 @@ class NetworkSettings(SearchKnobs):
     finetune_epochs: Annotated[int, Field(ge=0, le=10_000, description="a number of epochs, 0 or more")] = 3
     learning_rate: Annotated[float, Field(gt=0, description="a positive number")] = 0.01
     distill_weight: Annotated[float, Field(ge=0, le=1, description="a share in [0, 1]")] = 0.8
+    feature_weight: Annotated[float, Field(ge=0, description="a number, 0 or more")] = 0.0
     augment: bool = True
 
     def __post_init__(self) -> None:
@@ -133,8 +134,9 @@ def compress_network(
         calibration_images, screen_images: how many of `train` and of `val` are looked at.
         details: kept in the files, such as {"classes": [...], "mean": [...], "std": [...]}.
         knobs: others of `NetworkSettings`: cost, candidates, sampler, sensitivity, promote, tolerance, learning_rate,
-            distill_weight, augment (of our own splits; others are the loader's affair), latency_batch, runtime, int8,
-            generation, executor, address, workers, threads, storage, seed, layers, control.
+            distill_weight, feature_weight (of the dense network's feature maps in the training, see
+            `common.finetune.features`), augment (of our own splits; others are the loader's affair), latency_batch,
+            runtime, int8, generation, executor, address, workers, threads, storage, seed, layers, control.
 
     Returns:
         the finished run: its table, its best network, its log.
@@ -327,6 +329,7 @@ class NetworkRun(Run):
             learning_rate=s.learning_rate,
             weight_decay=1e-4,
             distill_weight=s.distill_weight,
+            feature_weight=s.feature_weight,
             seed=s.seed,
             augment=s.augment,
         )

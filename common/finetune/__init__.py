@@ -2,6 +2,7 @@
 
 from .baselines import SAVED_MODELS, Baseline, baseline, train_baseline
 from .evaluation import check_head, evaluate, predict_logits, teacher_logits
+from .features import FeatureMaps
 from .precision import autocast
 from .settings import UNNORMALISED, TrainSettings, recipe
 from .state import StateMismatch, TrainState
@@ -12,6 +13,7 @@ __all__ = [
     "UNNORMALISED",
     "Baseline",
     "EpochRecord",
+    "FeatureMaps",
     "StateMismatch",
     "TrainSettings",
     "TrainState",

@@ -78,7 +78,7 @@ class _Wanted:
             "image_size": data.image_size,
             "mean": list(data.mean),
             "std": list(data.std),
-            "settings": asdict(self.settings),
+            "settings": self.settings.recorded(),
             "weights": weights,
         }
 
@@ -98,7 +98,8 @@ class _Wanted:
         """
         if "fingerprint" in metadata:
             return metadata["fingerprint"] == self.fingerprint
-        settings = {**asdict(self.settings), **(metadata.get("settings") or {})}
+        own = self.settings.recorded()
+        settings = {**own, **(metadata.get("settings") or {})}
         agreeing = {
             "dataset": self.dataset.name,
             "image_size": self.dataset.image_size,
@@ -107,7 +108,7 @@ class _Wanted:
             "val_images": len(self.dataset.val),
         }
         same = all(metadata.get(key) == value for key, value in agreeing.items())
-        return same and settings == asdict(self.settings) and not self.dataset.name.startswith("folder:")
+        return same and settings == own and not self.dataset.name.startswith("folder:")
 
 
 def checkpoint_path(architecture: str, dataset: str, image_size: int, folder: Path = SAVED_MODELS) -> Path:
@@ -238,7 +239,7 @@ def _trained(wanted: _Wanted, path: Path, *, fresh: bool = False, progress: bool
         VALIDATED: len(dataset.val),
         "test_accuracy": test.accuracy,
         "fingerprint": wanted.fingerprint,
-        "settings": asdict(settings),
+        "settings": settings.recorded(),
         "epochs": [asdict(epoch) for epoch in history.epochs],
         "provenance": provenance(dataset.device, settings.seed),
     }

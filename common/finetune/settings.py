@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -35,7 +35,9 @@ class TrainSettings:
         val_images: evaluated after each epoch but the last, the first of the validation split; None: all. The last
             epoch's score is of all.
         amp: bfloat16 autocast; None: on CUDA, and on processors that have bfloat16.
-        distill_weight: share of the loss that comes from the teacher.
+        distill_weight: share of the loss that comes from the teacher's outputs.
+        feature_weight: of the squared distance between the network's feature maps and the teacher's, which comes on
+            top; see `common.finetune.features`. 0: they are not compared.
 
     Raises:
         ValueError: a value of the wrong type or out of its range.
@@ -56,9 +58,15 @@ class TrainSettings:
     amp: bool | None = None
     distill_weight: Annotated[float, Field(ge=0, le=1, description="in [0, 1]")] = 0.0
     distill_temperature: Positive = 4.0
+    feature_weight: Annotated[float, Field(ge=0, description="0 or more")] = 0.0
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    def recorded(self) -> dict[str, Any]:
+        """What checkpoints are known by. A field that came later is left out where it changes nothing: what was
+        trained before there was such a field is the same."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("feature_weight", 0)}
 
     def learning_rate_at(self, step: int, total: int) -> float:
         """Learning rate of batch `step` (from 0) out of `total`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import zlib
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,17 @@ from torch import nn
 
 from ..data import Dataset
 from ..files import atomic_path
+from .settings import TrainSettings
 
 
 class StateMismatch(ValueError):
     """A checkpoint of another run, or a damaged one."""
 
 
-def fingerprint(settings: Any, dataset: Dataset, taught: str) -> dict[str, Any]:
+def fingerprint(settings: TrainSettings, dataset: Dataset, taught: str) -> dict[str, Any]:
     """What must be equal for a run to be continued: settings, training images (by their labels) and teacher."""
     return {
-        **asdict(settings),
+        **settings.recorded(),
         "data set": dataset.name,
         "image size": dataset.image_size,
         "training images": len(dataset.train),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ..data import Batch, Dataset, Split
 from ..modules import evaluating
 from .evaluation import check_head, evaluate
+from .features import FeatureMaps
 from .precision import autocast
 from .settings import TrainSettings
 from .state import TrainState, fingerprint
@@ -76,7 +77,8 @@ def train(
     Args:
         teacher_logits: (N_train, classes), from `predict_logits` on the training split; used with distill_weight. They
             are of the images as they are, and say little of augmented ones.
-        teacher: in their place the dense network, which is run on every batch just as the model sees it.
+        teacher: in their place the dense network, which is run on every batch just as the model sees it. With
+            feature_weight its feature maps teach as well.
         checkpoint: file written after each epoch; a run that finds it continues from it. Where writing it takes long
             beside the epochs, some are skipped.
         progress: show a bar.
@@ -89,16 +91,17 @@ def train(
             not fit the head.
     """
     _check_teacher(teacher_logits, teacher, dataset, settings)
+    maps = FeatureMaps.of(model, teacher) if settings.feature_weight else None
     steps = _steps_per_epoch(dataset.train, settings)
     model.to(dataset.device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, settings)
     taught = "no teacher" if teacher is teacher_logits is None else "on batches" if teacher is not None else "once"
     state = TrainState(model, optimizer, fingerprint(settings, dataset, taught))
-    targets = _Teacher(teacher, teacher_logits, settings)
+    targets = _Teacher(teacher, teacher_logits, settings, maps)
     records = [EpochRecord(**record) for record in state.load(checkpoint)] if checkpoint else []
     bar = tqdm(total=steps * settings.epochs, initial=steps * len(records), unit="batch", disable=not progress)
     stopped, next_save = False, 0.0
-    with bar, _reproducible(dataset.device):
+    with bar, _reproducible(dataset.device), maps.watched(model, teacher) if maps else nullcontext():
         for epoch in range(len(records), settings.epochs):
             bar.set_description(f"epoch {epoch + 1}/{settings.epochs}")
             started = time.perf_counter()
@@ -150,6 +153,8 @@ def _train_epoch(
         if step == 0:
             check_head(logits, split)
         loss = _loss(logits, batch, settings, teacher.logits(batch))
+        if teacher.maps is not None:
+            loss = loss + settings.feature_weight * teacher.maps.distance()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if settings.clip_norm is not None:
@@ -171,11 +176,12 @@ def _forward(model: nn.Module, images: Tensor, settings: TrainSettings) -> Tenso
 
 @dataclass(frozen=True)
 class _Teacher:
-    """What the dense network says to a batch: run on it, or looked up, or nothing."""
+    """What the dense network says to a batch: run on it, or looked up, or nothing; `maps`: how its insides compare."""
 
     model: nn.Module | None
     known: Tensor | None
     settings: TrainSettings
+    maps: FeatureMaps | None
 
     def logits(self, batch: Batch) -> Tensor | None:
         if self.model is None:
@@ -187,9 +193,9 @@ class _Teacher:
 def _loss(logits: Tensor, batch: Batch, settings: TrainSettings, teacher_logits: Tensor | None) -> Tensor:
     """(1 - w) * cross-entropy + w * T^2 * KL(teacher || model), Hinton et al. 2015 (arXiv:1503.02531)."""
     loss = F.cross_entropy(logits, batch.labels, label_smoothing=settings.label_smoothing)
-    if teacher_logits is None:
-        return loss
     weight = settings.distill_weight
+    if teacher_logits is None or not weight:
+        return loss
     distance = distillation(logits, teacher_logits, settings.distill_temperature)
     return (1 - weight) * loss + weight * distance
 
@@ -221,11 +227,13 @@ def _check_teacher(
     given = sum(one is not None for one in (teacher_logits, teacher))
     if given > 1:
         raise ValueError("teacher and teacher_logits are the same thing: give one of them")
-    if given != (settings.distill_weight > 0):
+    if given != (settings.distill_weight > 0) and not (teacher is not None and settings.feature_weight):
         raise ValueError(
             f"distill_weight > 0 and a teacher (teacher_logits, or the network) go together, got "
             f"distill_weight={settings.distill_weight} and {'a' if given else 'no'} teacher"
         )
+    if settings.feature_weight and teacher is None:
+        raise ValueError(f"feature_weight={settings.feature_weight} needs teacher, the network: logits have no maps")
     expected = (len(dataset.train), dataset.num_classes)
     if teacher_logits is not None and tuple(teacher_logits.shape) != expected:
         raise ValueError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,7 @@ class _SplitTrainer:
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        return asdict(self.settings)
+        return self.settings.recorded()
 
     def train(self, model: nn.Module, checkpoint: Path, on_epoch: OnEpoch) -> list[EpochRecord]:
         history = train(

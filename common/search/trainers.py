@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +17,16 @@ from ..compress import HTLayer
 from ..compress.proof import output_tensors
 from ..configuration import Configuration
 from ..data import Split
-from ..finetune import EpochRecord, TrainingDiverged, TrainSettings, TrainState, autocast, distillation, make_optimizer
+from ..finetune import (
+    EpochRecord,
+    FeatureMaps,
+    TrainingDiverged,
+    TrainSettings,
+    TrainState,
+    autocast,
+    distillation,
+    make_optimizer,
+)
 from ..inputs import channels_last, like_model, pairs_of, run
 from ..models import load_compressed, save_compressed
 from ..modules import evaluating, laid_out
@@ -77,7 +87,7 @@ class BatchTrainer:
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        return asdict(self.settings)
+        return self.settings.recorded()
 
     def train(self, model: nn.Module, checkpoint: Path, on_epoch: OnEpoch) -> list[EpochRecord]:
         """
@@ -94,11 +104,13 @@ class BatchTrainer:
         optimizer = make_optimizer(model, self.settings)
         state = TrainState(model, optimizer, {**self.facts, "kind": self.kind, "own loss": self.loss is not None})
         records = [EpochRecord(**known) for known in state.load(checkpoint)]
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        maps = FeatureMaps.of(model, self.teacher) if self.settings.feature_weight else None
+        watched = maps.watched(model, self.teacher) if maps else nullcontext()
+        with watched, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             for epoch in range(len(records), self.epochs):
                 torch.manual_seed(self.settings.seed * 10_007 + epoch)
                 started = time.perf_counter()
-                loss = self._epoch(model, optimizer, epoch)
+                loss = self._epoch(model, optimizer, epoch, maps)
                 value = self.validate(model)
                 records.append(EpochRecord(epoch + 1, loss, value, None, time.perf_counter() - started))
                 state.save(checkpoint, [asdict(one) for one in records])
@@ -107,7 +119,7 @@ class BatchTrainer:
         model.eval()
         return records
 
-    def _epoch(self, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> float:
+    def _epoch(self, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, maps: FeatureMaps | None) -> float:
         batches, steps = self._batches(epoch)
         losses: list[float] = []
         model.train()
@@ -116,6 +128,8 @@ class BatchTrainer:
             for group in optimizer.param_groups:
                 group["lr"] = self.settings.learning_rate_at(done, self.epochs * (steps or 1))
             loss = self._loss(model, inputs, targets)
+            if maps is not None:
+                loss = loss + self.settings.feature_weight * maps.distance()
             if not torch.isfinite(loss):
                 raise TrainingDiverged(
                     f"the training loss became {float(loss)} in epoch {epoch + 1}, batch {step + 1}: "
