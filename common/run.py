@@ -187,6 +187,7 @@ class Run(ABC):
         score = self.dense_score()
         if score is not None:
             log.baseline(head["model"], factors.dense_params, factors.dense_flops, score, seconds)
+            log.header({"dense_val_accuracy": self.validate_dense()})
         return log
 
     def menus(self) -> Menus:
@@ -293,7 +294,7 @@ class Run(ABC):
         trainer = self.make_trainer()
         if not trainer.epochs:
             return None
-        rule = AcceptanceRule(self.dense_score(), self.settings.tolerance)
+        rule = AcceptanceRule(self.validate_dense(), self.settings.tolerance)
         common = Finetuning(self.make_screener(), trainer, rule, self.settings.state_folder)
         with self._workers() as workers:
             control = train_control(common, workers, self.open_log())
@@ -304,17 +305,14 @@ class Run(ABC):
 
     def dense_validation(self) -> float | None:
         """What losses on validation are counted from: the better of the dense network and its control."""
-        return self._better(self.validate_dense(), "val_accuracy")
-
-    def _better(self, score: float | None, key: str) -> float | None:
-        control = self.dense_control()
-        return score if control is None else max(score, control[key])
+        score, control = self.validate_dense(), self.dense_control()
+        return score if control is None else max(score, control["val_accuracy"])
 
     @step
     def finetune(self) -> list[Finalist]:
         """The promoted candidates that fine-tuning brought to its end, with their final score; and the failed ones."""
         s, promoted, log = self.settings, self.promote(), self.open_log()
-        rule = AcceptanceRule(self._better(self.dense_score(), "accuracy"), s.tolerance)
+        rule = AcceptanceRule(self.dense_validation(), s.tolerance)
         with self._workers() as workers:
             finalists = finetune_with(
                 promoted,

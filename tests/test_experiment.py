@@ -6,7 +6,7 @@ import torch
 from common.experiment import Experiment
 from common.notebook import summary
 from common.presets import preset
-from common.reports import read_log
+from common.reports import group_runs, load_runs, read_log
 from common.search import CONTROL
 
 TINY = {
@@ -58,6 +58,18 @@ def test_the_dense_network_trained_on_as_long_stands_beside_it(finished):
     assert known["epochs"] == experiment.settings.finetune_epochs
     assert experiment.dense_validation() == max(known["val_accuracy"], experiment.validate_dense())
     assert not list((folder / experiment.settings.state_folder).glob("dense-control*.safetensors"))
+
+
+def test_validation_decides_who_is_accepted_in_the_run_and_in_its_table(finished):
+    experiment, _, folder = finished
+    limit = experiment.dense_validation() - experiment.settings.tolerance
+    [run], _, _ = load_runs([folder / experiment.settings.log_path])
+    [candidate] = group_runs([run])[0].tested()
+    assert run["header"]["dense_val_accuracy"] == pytest.approx(experiment.validate_dense())
+    assert candidate.record["accepted"] == (candidate.record["val_accuracy"] >= limit)
+    assert candidate.is_accepted(experiment.settings.tolerance) == candidate.record["accepted"]
+    below = max(limit + experiment.settings.tolerance - candidate.record["val_accuracy"], 0)
+    assert candidate.is_accepted(below + 1e-6)
 
 
 def test_losses_are_counted_from_the_better_of_the_two(finished, monkeypatch):

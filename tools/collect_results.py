@@ -11,7 +11,6 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 if __package__ in (None, ""):
     # Run as a script: the repository root, not this folder, is where `common` and the two log scripts are found.
@@ -21,10 +20,10 @@ import analyze_results
 import jsonify_logs
 from common.files import atomic_path, write_text
 from common.finetune.baselines import checkpoint_path
-from common.reports import choose, group_runs, read_log, to_json
+from common.reports import choose, group_runs, load_runs, read_log, to_json
 from tools.documents import RUN_FOLDER, STRICT, run_folders
 
-LARGEST_WEIGHTS = 5_000_000
+LARGEST_WEIGHTS = 6_000_000
 """Bytes up to which a network's weights are kept beside its results."""
 
 
@@ -65,7 +64,7 @@ def collect(log: Path, out: Path, baselines: Path) -> Path:
     for training in _trainings(own):
         name = head["model"] if training == own else training.stem
         shutil.copyfile(training, folder / f"baseline-{name}.json")
-    weights = _smallest(run, log)
+    weights = _smallest(folder / f"{log.stem}.json", log)
     if weights is not None and weights.stat().st_size < LARGEST_WEIGHTS:
         with atomic_path(folder / f"{head['model']}-smallest-seed{head['seed']}.safetensors") as temporary:
             shutil.copyfile(weights, temporary)
@@ -92,9 +91,9 @@ def forget_paths(notebook: Path) -> None:
         write_text(notebook, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def _smallest(run: dict[str, Any], log: Path) -> Path | None:
-    """The weights of the accepted candidate with the fewest parameters; None if there is none."""
-    (group,) = group_runs([run])
+def _smallest(run: Path, log: Path) -> Path | None:
+    """The weights of the accepted candidate with the fewest parameters, by the tables' rule; None if there is none."""
+    (group,) = group_runs(load_runs([run])[0])
     best = next(choice.best for choice in choose(group, STRICT) if choice.criterion == "Best Params Red.")
     if best is None:
         return None

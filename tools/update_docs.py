@@ -70,10 +70,10 @@ def sections(results: Path) -> Mapping[str, Callable[[], str]]:
     files = {f"rules-{folder.name}": folder / "table.md" for folder in compared}
     files |= {f"ablation-{folder.name}": folder / "ablation.md" for folder in compared}
     files |= {path.parent.name: path for path in sorted(results.glob("latency-*/latency.md"))}
-    files["published-networks"] = results / "published-networks" / "table.md"
     files |= {name: results / f"{name}.md" for name in ("other-tasks", "every-network")}
     files["scale"] = results / "scale" / "scale.md"
     series = {
+        "published-networks": sorted(results.glob("published-networks*/table.md")),
         "own-networks": sorted((results / "own-networks").glob("*.md")),
         "runtimes": sorted(results.glob("runtimes-*/runtimes.md")),
         "roofline": sorted(results.glob("roofline-*/roofline.md")),

@@ -84,11 +84,9 @@ def _draw_tested(
         label="dense baseline",
     )  # fmt: skip
     if tolerance is not None:
-        axes.axhline(
-            standard(baseline) - tolerance, color="0.4", linestyle="--", linewidth=1,
-            label=f"accepted: {'baseline' if standard(baseline) == baseline['accuracy'] else 'dense, trained on'}"
-            f" - {tolerance:g}",
-        )  # fmt: skip
+        better = "baseline" if standard(baseline) == baseline["accuracy"] else "dense, trained on"
+        limit = standard(baseline) - tolerance
+        axes.axhline(limit, color="0.4", linestyle="--", linewidth=1, label=f"{better} - {tolerance:g}")
     _ring_chosen(axes, chosen, cost)
     if below:
         axes.set_ylim(bottom=floor - 0.1 * (axes.get_ylim()[1] - floor))

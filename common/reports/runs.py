@@ -63,16 +63,20 @@ def _load(path: Path) -> dict[str, Any] | None:
 def _with_baseline(run: dict[str, Any], path: Path) -> dict[str, Any]:
     if run["baseline"] is None:
         raise ValueError(f"{path} has no baseline to compare with; its log lacks the line 'Baseline MODEL: ...'")
-    accuracy = _control_accuracy(run["header"])
-    if accuracy is not None:
-        run["baseline"]["control_accuracy"] = accuracy
+    header = run["header"]
+    control = header.get("dense_control")
+    control = control if isinstance(control, dict) else {}
+    of_control = {key: _accuracy(control.get(key), header) for key in ("accuracy", "val_accuracy")}
+    if of_control["accuracy"] is not None:
+        run["baseline"]["control_accuracy"] = of_control["accuracy"]
+    validation = _accuracy(header.get("dense_val_accuracy"), header)
+    if validation is not None:
+        run["baseline"]["val_accuracy"] = max(validation, of_control["val_accuracy"] or validation)
     return run
 
 
-def _control_accuracy(header: Mapping[str, Any]) -> float | None:
-    """Of the dense network that was trained on as long as the candidates, where the log has it."""
-    control = header.get("dense_control")
-    accuracy = control.get("accuracy") if isinstance(control, dict) else None
-    if not isinstance(accuracy, float) or not math.isfinite(accuracy):
+def _accuracy(found: Any, header: Mapping[str, Any]) -> float | None:
+    """A number that may be one: a share, or, in a log that names a metric, anything finite."""
+    if not isinstance(found, int | float) or isinstance(found, bool) or not math.isfinite(found):
         return None
-    return accuracy if "metric" in header or 0 <= accuracy <= 1 else None
+    return found if "metric" in header or 0 <= found <= 1 else None

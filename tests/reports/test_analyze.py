@@ -68,6 +68,43 @@ def test_losses_are_counted_from_the_better_of_the_dense_networks(tmp_path, cont
     assert f"trained on as long as the candidates {control['accuracy']:.4f}" in "".join(caption(groups, 0.01))
 
 
+@pytest.mark.parametrize(
+    ("validation", "control", "chosen"),
+    [
+        (0.980, None, "0.971"),  # the smaller one keeps its validation accuracy: test is what is shown
+        (0.980, {"accuracy": 0.99, "val_accuracy": 0.999}, "none within tolerance"),
+        (0.980, {"accuracy": 0.99, "val_accuracy": 0.5}, "0.971"),
+        (0.999, None, "none within tolerance"),
+        ("much", None, "0.985"),  # what is no accuracy is as if it were not there, and test decides
+        (7.5, None, "0.985"),
+        (True, None, "0.985"),
+    ],
+)
+def test_what_is_chosen_is_chosen_on_validation_where_the_log_has_it(tmp_path, validation, control, chosen):
+    records = [
+        record(params=500, accuracy=0.985, val_accuracy=0.960),
+        record(params=250, accuracy=0.971, val_accuracy=0.975),
+    ]
+    header = {"dense_val_accuracy": validation} | ({} if control is None else {"dense_control": control})
+    runs, problems, _ = load_runs([write_log(tmp_path / "run.log", records, **header)])
+    assert problems == []
+    groups = group_runs(runs)
+    cells = choose(groups[0], 0.01)[0].cells()
+    assert chosen in cells
+    said = caption(groups, 0.01)[0]
+    assert ("Criterion: test accuracy" in said) == (chosen == "0.985")
+    assert ("Criterion: validation accuracy (of test is what is shown) at least" in said) == (chosen != "0.985")
+
+
+def test_logs_with_and_without_validation_in_one_table(tmp_path):
+    both = [record(accuracy=0.985, val_accuracy=0.98)]
+    paths = [write_log(tmp_path / "a.log", both, dense_val_accuracy=0.98), write_log(tmp_path / "b.log", both)]
+    runs, _, _ = load_runs(paths)
+    assert (
+        "or test accuracy where a log has no other of the dense network, at least" in caption(group_runs(runs), 0.01)[0]
+    )
+
+
 @pytest.mark.parametrize("control", ["all well", [1], {"accuracy": 7.5}, {"accuracy": "0.9"}, {"accuracy": None}, {}])
 def test_a_control_that_is_no_accuracy_is_left_out(tmp_path, control):
     groups = control_runs(tmp_path, control)

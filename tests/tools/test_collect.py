@@ -48,6 +48,15 @@ def test_a_run_comes_home(logged, tmp_path):
     assert (out / "radar.png").exists()
 
 
+def test_the_weights_are_of_the_network_that_the_tables_choose(logged, tmp_path):
+    with RunLog(logged) as log:  # the same network trained on is much better: the larger one has lost too much
+        log.header({"dense_control": {"accuracy": 0.999}})
+    code, out = collect(logged, tmp_path)
+    assert code == 0
+    assert not list((out / "mnist-32").glob("*-smallest-*"))
+    assert "none within tolerance" in (out / "mnist-32" / "table.md").read_text()
+
+
 def test_the_baseline_is_the_one_that_the_log_names(tmp_path):
     """Beside one of the plain name, of other data or settings, a run's own has a name of its own."""
     log, baselines = tmp_path / "logs" / "run.log", tmp_path / "saved_models"
