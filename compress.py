@@ -166,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
         "--feature-weight",
         type=float,
         default=0.0,
-        help="of the dense network's feature maps in the training, such as 10 (default: 0, of its outputs alone)",
+        help="of the dense network's feature maps in the training, such as 100 (default: 0, of its outputs alone)",
     )
     parser.add_argument(
         "--no-augment",
