@@ -88,12 +88,13 @@ def table(content: Mapping[str, Any]) -> str:
         lines.append([f"{count:,}", *cells, f"{statistics.median(row['seconds'] for row in own):.1f}"])
     heads = ["images", *(f"points lost, {budget:.0%}" for budget in budgets), "seconds"]
     seeds, facts = len({row["seed"] for row in rows}), content["provenance"]
-    return (
-        tabulate(lines, headers=heads, tablefmt="github", disable_numparse=True)
-        + f"\n\n{content['network']}, no training, the same ranks in a column; columns are shares of the dense FLOPs. "
-        f"Mean ± standard deviation over {seeds} draw{'s' if seeds > 1 else ''} of the images. "
-        f"Dense: {dense:.4f} on test. Seconds to factorise and to fit one candidate, {facts['threads']} threads of an {facts['machine']}."
-    )
+    notes = [
+        f"{content['network']}, no training, the same ranks in a column; columns are shares of the dense FLOPs.",
+        f"Mean ± standard deviation over {seeds} draw{'s' if seeds > 1 else ''} of the images.",
+        f"Dense: {dense:.4f} on test.",
+        f"Seconds to factorise and to fit one candidate, {facts['threads']} threads of an {facts['machine']}.",
+    ]
+    return tabulate(lines, headers=heads, tablefmt="github", disable_numparse=True) + "\n\n" + " ".join(notes)
 
 
 def _spread(values: Sequence[float]) -> str:
