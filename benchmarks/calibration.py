@@ -28,6 +28,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.cifar_resnet import MEAN, STD, from_checkpoint
+from benchmarks.rows import mean_and_deviation, resumed
 from common import data
 from common.compress import factorize
 from common.configuration import Configuration
@@ -84,7 +85,9 @@ def table(content: Mapping[str, Any]) -> str:
     lines = []
     for count in sorted({row["images"] for row in rows}):
         own = [row for row in rows if row["images"] == count]
-        cells = [_spread([100 * (dense - r["test_accuracy"]) for r in own if r["budget"] == b]) for b in budgets]
+        cells = [
+            mean_and_deviation([100 * (dense - r["test_accuracy"]) for r in own if r["budget"] == b]) for b in budgets
+        ]
         lines.append([f"{count:,}", *cells, f"{statistics.median(row['seconds'] for row in own):.1f}"])
     heads = ["images", *(f"points lost, {budget:.0%}" for budget in budgets), "seconds"]
     seeds, facts = len({row["seed"] for row in rows}), content["provenance"]
@@ -95,12 +98,6 @@ def table(content: Mapping[str, Any]) -> str:
         f"Seconds to factorise and to fit one candidate, {facts['threads']} threads of an {facts['machine']}.",
     ]
     return tabulate(lines, headers=heads, tablefmt="github", disable_numparse=True) + "\n\n" + " ".join(notes)
-
-
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return "-"
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def figure(content: Mapping[str, Any]) -> Figure:
@@ -153,7 +150,8 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         )
     model = from_checkpoint(options.checkpoint)
     target = options.out / "calibration.json"
-    content = _known(target, {name: getattr(options, name) for name in ("budgets", "reference", "screen")})
+    asked = {name: getattr(options, name) for name in ("budgets", "reference", "screen")}
+    content = resumed(target, {"asked": asked, "configs": {}, "rows": [], "provenance": provenance("cpu", 0)})
     if not content["configs"]:
         content["network"] = f"ResNet-{6 * len(model.layer1) + 2}"
         content["dense"] = evaluate(model, dataset.test).accuracy
@@ -167,23 +165,6 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         content["rows"] += rows_of(model, dataset, configs, count, seed, options.screen)
         write_text(target, json.dumps(content, indent=1) + "\n")
     return content
-
-
-def _known(target: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier run of the same settings and code left; else nothing.
-
-    Raises:
-        ValueError: it is of other settings, or of another revision.
-    """
-    fresh = {"asked": asked, "configs": {}, "rows": [], "provenance": provenance("cpu", 0)}
-    if not target.exists():
-        return fresh
-    known = json.loads(target.read_text(encoding="utf-8"))
-    if known["asked"] != asked:
-        raise ValueError(f"{target} has rows of other settings, {known['asked']}: give another --out")
-    if known["provenance"]["git_revision"] != fresh["provenance"]["git_revision"]:
-        raise ValueError(f"{target} is of revision {known['provenance']['git_revision']}: give another --out")
-    return known
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -35,6 +34,7 @@ if __package__ in (None, ""):
 
 from benchmarks import peers
 from benchmarks.cifar_resnet import MEAN, STD, from_checkpoint
+from benchmarks.rows import mean_and_deviation, resumed
 from common import data
 from common.compress import factorize, reconstruct
 from common.configuration import Configuration
@@ -177,10 +177,7 @@ def table(content: Mapping[str, Any]) -> str:
 def _lost(dense: float, rows: Sequence[Mapping[str, Any]]) -> str:
     if any("failed" in row for row in rows):
         return "failed"
-    values = [100 * (dense - row["test_accuracy"]) for row in rows]
-    if not values:
-        return "-"
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+    return mean_and_deviation([100 * (dense - row["test_accuracy"]) for row in rows])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -204,7 +201,8 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     dataset = data.load(options.data, image_size=32, mean=MEAN, std=STD)
     asked = {name: getattr(options, name) for name in ("candidates", "calibration", "screen")}
     target = options.out / "rows.json"
-    content = _known(target, asked)
+    facts = provenance("cpu", 0) | {"peers": peers.versions()}
+    content = resumed(target, {"asked": asked, "dense": {}, "rows": [], "provenance": facts})
     for path in options.checkpoints:
         model = from_checkpoint(path)
         network = f"ResNet-{6 * len(model.layer1) + 2}"
@@ -238,24 +236,6 @@ KEY = ("network", "seed", "budget", "method", "epochs")
 
 def _key(row: Mapping[str, Any]) -> tuple:
     return tuple(row[name] for name in KEY)
-
-
-def _known(target: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What an earlier run of the same settings and code left; else nothing."""
-    fresh = {
-        "asked": dict(asked),
-        "dense": {},
-        "rows": [],
-        "provenance": provenance("cpu", 0) | {"peers": peers.versions()},
-    }
-    if not target.exists():
-        return fresh
-    known = json.loads(target.read_text(encoding="utf-8"))
-    if known["asked"] != fresh["asked"]:
-        raise ValueError(f"{target} has rows of other settings, {known['asked']}: give another --out")
-    if known["provenance"]["git_revision"] != fresh["provenance"]["git_revision"]:
-        raise ValueError(f"{target} is of revision {known['provenance']['git_revision']}: give another --out")
-    return known
 
 
 def _parser() -> argparse.ArgumentParser:

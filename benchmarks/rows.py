@@ -1,0 +1,35 @@
+"""Rows that a benchmark writes one by one: how they are taken up again, and how several seeds become one cell."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def resumed(target: Path, fresh: Mapping[str, Any]) -> dict[str, Any]:
+    """What an earlier run left in this file; `fresh` where there is none.
+
+    Args:
+        fresh: what a run begins with: its settings as "asked", its "provenance", and what is empty yet.
+
+    Raises:
+        ValueError: the rows are of other settings, or of another revision of the code.
+    """
+    if not target.exists():
+        return dict(fresh)
+    known = json.loads(target.read_text(encoding="utf-8"))
+    if known["asked"] != fresh["asked"]:
+        raise ValueError(f"{target} has rows of other settings, {known['asked']}: give another --out")
+    if known["provenance"]["git_revision"] != fresh["provenance"]["git_revision"]:
+        raise ValueError(f"{target} is of revision {known['provenance']['git_revision']}: give another --out")
+    return known
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """Two decimals of the mean, and of the standard deviation where there are several; a dash for none."""
+    if not values:
+        return "-"
+    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
