@@ -218,12 +218,14 @@ def beside_others(content: Mapping[str, Any], network: str) -> str:
     """Points lost on one published network: a line per method, a column per budget, without training and with."""
     own = [row for row in content["rows"] if row["network"] == network and "test_accuracy" in row]
     dense, rows = content["dense"][network], [row for row in own if row["budget"] < 1]
+    controls = [row["test_accuracy"] for row in own if row["budget"] == 1]
     columns = sorted({(row["epochs"], row["budget"]) for row in rows}, key=lambda column: (column[0], -column[1]))
 
     def cell(method: str, epochs: int, budget: float) -> str:
         key = (method, epochs, budget)
         found = [row["test_accuracy"] for row in rows if (row["method"], row["epochs"], row["budget"]) == key]
-        lost = 100 * (dense - statistics.mean(found)) if found else math.inf
+        standard = max(dense, statistics.mean(controls)) if epochs and controls else dense
+        lost = 100 * (standard - statistics.mean(found)) if found else math.inf
         # Channels and ranks that were chosen without data wait for their training: what they lose before says nothing.
         return "-" if not found or (epochs == 0 and lost > HOPELESS) else f"{lost:.2f}"
 
@@ -231,7 +233,6 @@ def beside_others(content: Mapping[str, Any], network: str) -> str:
     lines = [[method, *(cell(method, *column) for column in columns)] for method in methods]
     heads = [f"{budget:.0%}, {f'{epochs} epochs' if epochs else 'untrained'}" for epochs, budget in columns]
     table = tabulate(lines, headers=["points lost", *heads], tablefmt="github", disable_numparse=True)
-    controls = [row["test_accuracy"] for row in own if row["budget"] == 1]
     trained_on = f", trained on as long {statistics.mean(controls):.4f}" if controls else ""
     counts = [
         _seeds([row for row in rows if row["epochs"] == epochs]) for epochs in dict.fromkeys(e for e, _ in columns)
