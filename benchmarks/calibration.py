@@ -27,17 +27,16 @@ if __package__ in (None, ""):
     # Run as a script: the repository root, not this folder, is where `benchmarks` and `common` are found.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.cifar_resnet import MEAN, STD, from_checkpoint
-from benchmarks.rows import mean_and_deviation, resumed
+from benchmarks.cifar_resnet import MEAN, STD, from_checkpoint, network_name
+from benchmarks.rows import exit_code, mean_and_deviation, resumed
 from common import data
 from common.compress import factorize
 from common.configuration import Configuration
-from common.files import SearchBusy, exclusive, write_text
+from common.files import exclusive, write_text
 from common.finetune import evaluate
 from common.provenance import provenance
 from common.ranks import CostMeasure, build_menus
 from common.reports import plots
-from common.run import MOST_SENSITIVITY_IMAGES
 from common.search import (
     MenuCosts,
     Policy,
@@ -45,6 +44,7 @@ from common.search import (
     blended_sensitivity,
     configuration,
     measured_sensitivity,
+    sensitivity_images,
 )
 
 
@@ -53,8 +53,8 @@ def policy_modes(model: nn.Module, dataset: data.Dataset, budgets: Sequence[floa
     calibration = dataset.train.sample(images, 0)
     factors = factorize(model, calibration)
     menus = build_menus(factors)
-    few = calibration[: max(1, min(images // 4, MOST_SENSITIVITY_IMAGES))]
-    sensitivity = blended_sensitivity(menus, measured_sensitivity(factors, menus, few))
+    measured = measured_sensitivity(factors, menus, sensitivity_images(calibration))
+    sensitivity = blended_sensitivity(menus, measured)
     costs = MenuCosts.of(factors, menus, CostMeasure())
     return {b: str(configuration(menus, Policy.solve(sensitivity, costs, b).mode())) for b in budgets}
 
@@ -125,21 +125,17 @@ def figure(content: Mapping[str, Any]) -> Figure:
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0, 2 for bad input, 130 when interrupted."""
     options = _parser().parse_args(arguments)
-    try:
+
+    def work() -> None:
         if min(options.counts) < 2:
             raise ValueError(f"--counts must be at least 2 images; got {min(options.counts)}")
         with exclusive(options.out):
             content = _run(options)
-    except KeyboardInterrupt:
-        print("\nInterrupted; the same command goes on where it was.", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, SearchBusy) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    write_text(options.out / "calibration.md", table(content) + "\n")
-    plots.save(figure(content), options.out / "calibration.png")
-    print(table(content))
-    return 0
+        write_text(options.out / "calibration.md", table(content) + "\n")
+        plots.save(figure(content), options.out / "calibration.png")
+        print(table(content))
+
+    return exit_code(work)
 
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
@@ -153,7 +149,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     asked = {name: getattr(options, name) for name in ("budgets", "reference", "screen")}
     content = resumed(target, {"asked": asked, "configs": {}, "rows": [], "provenance": provenance("cpu", 0)})
     if not content["configs"]:
-        content["network"] = f"ResNet-{6 * len(model.layer1) + 2}"
+        content["network"] = network_name(model)
         content["dense"] = evaluate(model, dataset.test).accuracy
         found = policy_modes(model, dataset, options.budgets, options.reference)
         content["configs"] = {str(budget): text for budget, text in found.items()}

@@ -75,6 +75,11 @@ class CifarResNet(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
+def network_name(model: CifarResNet) -> str:
+    """What the paper calls a network of this depth, such as ResNet-20."""
+    return f"ResNet-{6 * len(model.layer1) + 2}"
+
+
 def from_checkpoint(path: str | Path) -> CifarResNet:
     """The network that a published state dict holds, in eval mode.
 

@@ -30,7 +30,7 @@ if __package__ in (None, ""):
     # Run as a script: the repository root, not this folder, is where `benchmarks` and `common` are found.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.cifar_resnet import MEAN, STD, from_checkpoint
+from benchmarks.cifar_resnet import MEAN, STD, from_checkpoint, network_name
 from common import data
 from common.compress import factorize
 from common.configuration import Configuration
@@ -41,8 +41,14 @@ from common.finetune import evaluate
 from common.models import load_checkpoint
 from common.provenance import provenance
 from common.ranks import CostMeasure, Menus, build_menus, time_menus
-from common.run import MOST_SENSITIVITY_IMAGES
-from common.search import Screener, Search, SearchSettings, blended_sensitivity, measured_sensitivity
+from common.search import (
+    Screener,
+    Search,
+    SearchSettings,
+    blended_sensitivity,
+    measured_sensitivity,
+    sensitivity_images,
+)
 
 COSTS = ("FLOPs", "time alone", "time in the network")
 
@@ -57,8 +63,7 @@ class Bench:
         self.factors = factorize(model, self.images)
         self.screener = Screener(self.factors, self.images, dataset.val, limit=options.screen)
         self.menus = build_menus(self.factors)
-        few = self.images[: min(options.calibration // 4, MOST_SENSITIVITY_IMAGES)]
-        self.measured = measured_sensitivity(self.factors, self.menus, few)
+        self.measured = measured_sensitivity(self.factors, self.menus, sensitivity_images(self.images))
 
     def priced(self, kind: str) -> tuple[Menus, CostMeasure]:
         """The menus and what they are priced by."""
@@ -198,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.checkpoint is not None:
             model = from_checkpoint(options.checkpoint)
-            network = f"ResNet-{6 * len(model.layer1) + 2}"
+            network = network_name(model)
         else:
             model, header = load_checkpoint(options.weights)
             network = header["architecture"]

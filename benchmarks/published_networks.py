@@ -34,18 +34,17 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import peers
-from benchmarks.cifar_resnet import MEAN, STD, from_checkpoint
-from benchmarks.rows import mean_and_deviation, resumed
+from benchmarks.cifar_resnet import MEAN, STD, from_checkpoint, network_name
+from benchmarks.rows import exit_code, mean_and_deviation, resumed
 from common import data
 from common.compress import factorize, reconstruct
 from common.configuration import Configuration
 from common.cost import count_params
-from common.files import SearchBusy, exclusive, write_text
+from common.files import exclusive, write_text
 from common.finetune import TrainSettings, evaluate, train
 from common.modules import copy_with, first_line
 from common.provenance import provenance
 from common.ranks import build_menus, meet_budget
-from common.run import MOST_SENSITIVITY_IMAGES
 from common.search import (
     CandidateFailed,
     Screener,
@@ -53,6 +52,7 @@ from common.search import (
     SearchSettings,
     blended_sensitivity,
     measured_sensitivity,
+    sensitivity_images,
 )
 
 RULES = ("uniform", "energy", "vbmf")
@@ -79,8 +79,8 @@ class Bench:
         self.weights = factorize(model, self.images, bases="weight")
         self.screener = Screener(self.factors, self.images, dataset.val, limit=options.screen)
         self.menus = build_menus(self.factors)
-        most = self.images[: min(options.calibration // 4, MOST_SENSITIVITY_IMAGES)]
-        measured = measured_sensitivity(self.factors, self.menus, most, progress=False)
+        few = sensitivity_images(self.images)
+        measured = measured_sensitivity(self.factors, self.menus, few, progress=False)
         self.sensitivity = blended_sensitivity(self.menus, measured)
 
     def row(self, method: str, budget: float, epochs: int, untrained: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -192,18 +192,14 @@ def _lost(dense: float, rows: Sequence[Mapping[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0, 2 for bad input, 130 when interrupted."""
     options = _parser().parse_args(arguments)
-    try:
+
+    def work() -> None:
         with exclusive(options.out):
             content = _run(options)
-    except KeyboardInterrupt:
-        print("\nInterrupted; the same command goes on where it was.", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, SearchBusy) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    write_text(options.out / "table.md", table(content) + "\n")
-    print(table(content))
-    return 0
+        write_text(options.out / "table.md", table(content) + "\n")
+        print(table(content))
+
+    return exit_code(work)
 
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
@@ -214,7 +210,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     content = resumed(target, {"asked": asked, "dense": {}, "rows": [], "provenance": facts})
     for path in options.checkpoints:
         model = from_checkpoint(path)
-        network = f"ResNet-{6 * len(model.layer1) + 2}"
+        network = network_name(model)
         if network not in content["dense"]:
             content["dense"][network] = evaluate(model, dataset.test).accuracy
         for seed in options.seeds:

@@ -40,8 +40,8 @@ from common.finetune import TrainingDiverged, TrainSettings, baseline, evaluate,
 from common.presets import RunSettings
 from common.provenance import provenance
 from common.ranks import RULES, build_menus, meet_budget, worthwhile
-from common.run import MOST_SENSITIVITY_IMAGES
 from common.search import (
+    MOST_SENSITIVITY_IMAGES,
     SAMPLERS,
     UPDATE_RATE,
     CandidateFailed,

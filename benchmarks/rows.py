@@ -1,12 +1,28 @@
-"""Rows that a benchmark writes one by one: how they are taken up again, and how several seeds become one cell."""
+"""Rows that a benchmark writes one by one: how its command ends and goes on, how several seeds become one cell."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from common.files import SearchBusy
+
+
+def exit_code(work: Callable[[], None]) -> int:
+    """Do the work of a command that goes on where it was: 0, 2 for bad input, 130 when interrupted."""
+    try:
+        work()
+    except KeyboardInterrupt:
+        print("\nInterrupted; the same command goes on where it was.", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, SearchBusy) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def resumed(target: Path, fresh: Mapping[str, Any]) -> dict[str, Any]:

@@ -48,9 +48,9 @@ from common.files import write_text
 from common.provenance import provenance
 from common.ranks import CostMeasure, Menus, build_menus
 from common.reports import RunLog
-from common.run import MOST_SENSITIVITY_IMAGES
 from common.search import (
     GENERATION,
+    MOST_SENSITIVITY_IMAGES,
     LocalExecutor,
     MenuCosts,
     Policy,
@@ -64,6 +64,7 @@ from common.search import (
     configuration,
     measured_sensitivity,
     proxy_sensitivity,
+    sensitivity_images,
 )
 from common.search.sensitivity import ANCHORS, divergences
 
@@ -149,7 +150,7 @@ def measure_steps(options: argparse.Namespace) -> dict[str, Any]:
             began = time.perf_counter()
             menus = build_menus(factors)
             seconds["menus"] = time.perf_counter() - began
-            few = inputs[: min(MOST_SENSITIVITY_IMAGES, -(-images // 4))]
+            few = sensitivity_images(inputs)
             began = time.perf_counter()
             sensitivity = blended_sensitivity(menus, measured_sensitivity(factors, menus, few, progress=False))
             seconds["sensitivity"] = time.perf_counter() - began

@@ -306,11 +306,9 @@ class NetworkRun(Run):
         """Of what candidates are judged by: all of validation, or, where nothing is trained, what is screened."""
         if not self.settings.finetune_epochs:
             return self.make_screener().score_of(self.task.model)
-        return self._validated(self.task.model)
-
-    def _validated(self, model: nn.Module) -> float | None:
-        """The task's own score, or accuracy on all of validation; None where there is neither."""
-        return Judge(self.task.val, self.task.evaluate)(model)
+        if self.task.test is None:
+            return self.dense_score()  # of validation too
+        return Judge(self.task.val, self.task.evaluate)(self.task.model)
 
     def final_score(self, model: nn.Module) -> float | None:
         return self._final_judge(model)

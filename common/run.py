@@ -55,14 +55,11 @@ from .search import (
     promote,
     proxy_sensitivity,
     search_seconds,
+    sensitivity_images,
     train_control,
 )
 
 Result = TypeVar("Result")
-
-MOST_SENSITIVITY_IMAGES = 256
-"""Measured sensitivities are averaged over a quarter of the calibration images, but no more than these; there is one
-pass per measured menu entry."""
 
 MAY_CHANGE = (
     "candidates",
@@ -212,7 +209,7 @@ class Run(ABC):
         factors, menus, calibration = self.factorize(), self.menus(), self.draw_calibration()
         if self.settings.sensitivity == "proxy":
             return proxy_sensitivity(menus)
-        images = first(calibration, min(MOST_SENSITIVITY_IMAGES, -(-length(calibration) // 4)))
+        images = sensitivity_images(calibration)
         cache = self.settings.state_folder / "sensitivity.json"
         kind = self.make_screener().kind
         spread = self._executor().divergences if self.settings.executor == "ray" else None

@@ -219,13 +219,13 @@ def beside_others(content: Mapping[str, Any], network: str) -> str:
     own = [row for row in content["rows"] if row["network"] == network and "test_accuracy" in row]
     dense, rows = content["dense"][network], [row for row in own if row["budget"] < 1]
     controls = [row["test_accuracy"] for row in own if row["budget"] == 1]
+    trained = max(dense, statistics.mean(controls)) if controls else dense
     columns = sorted({(row["epochs"], row["budget"]) for row in rows}, key=lambda column: (column[0], -column[1]))
 
     def cell(method: str, epochs: int, budget: float) -> str:
         key = (method, epochs, budget)
         found = [row["test_accuracy"] for row in rows if (row["method"], row["epochs"], row["budget"]) == key]
-        standard = max(dense, statistics.mean(controls)) if epochs and controls else dense
-        lost = 100 * (standard - statistics.mean(found)) if found else math.inf
+        lost = 100 * ((trained if epochs else dense) - statistics.mean(found)) if found else math.inf
         # Channels and ranks that were chosen without data wait for their training: what they lose before says nothing.
         return "-" if not found or (epochs == 0 and lost > HOPELESS) else f"{lost:.2f}"
 

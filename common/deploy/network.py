@@ -173,8 +173,7 @@ def deploy(
     timed = [target] if int8 is None or plans != "measure" else [target, replace(target, int8=None)]
     timers = [measure] if measure else [_layer_timer(one, channels_last, rounds) for one in timed]
     alternatives = _alternatives(folded, example, plans, timers, channels_last)
-    networks = [laid_out(_in_plans(folded, choices), channels_last) for choices in alternatives]
-    choices, final, call = _fastest(alternatives, networks, target, example, rounds)
+    choices, final, call = _fastest(folded, alternatives, target, example, rounds, channels_last)
 
     runs = {"deployed": call}
     lowered = bfloat16 or floating == torch.bfloat16
@@ -224,15 +223,17 @@ def _layer_timer(target: Target, channels_last: bool, rounds: int) -> Measure:
 
 
 def _fastest(
+    folded: nn.Module,
     alternatives: Sequence[dict[str, LayerChoice]],
-    networks: Sequence[nn.Module],
     target: Target,
     example: Inputs,
     rounds: int,
+    channels_last: bool,
 ) -> tuple[dict[str, LayerChoice], nn.Module, Run]:
     """Of a network in several choices of plans the fastest, whole: the choices, the network, what runs it."""
     distinct = {str([one.plan for one in found.values()]): place for place, found in enumerate(alternatives)}
-    runs = {place: target.run(networks[place], example) for place in distinct.values()}
+    networks = {place: laid_out(_in_plans(folded, alternatives[place]), channels_last) for place in distinct.values()}
+    runs = {place: target.run(network, example) for place, network in networks.items()}
     best = next(iter(runs))
     if len(runs) > 1:
         seconds = measure_latency(runs, example, rounds=rounds, threads=target.threads)

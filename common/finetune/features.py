@@ -51,13 +51,14 @@ class FeatureMaps:
         self._dense: dict[str, Tensor] = {}
 
     @classmethod
-    def of(cls, model: nn.Module, teacher: nn.Module) -> FeatureMaps:
-        """Of the teacher's blocks that the network has as well; of layers that are in no block, of these."""
+    def of(cls, model: nn.Module, teacher: nn.Module | None) -> FeatureMaps:
+        """Of the teacher's blocks that the network has as well; of layers that are in no block, of these. None where
+        nobody teaches."""
         own = {name for name, _ in model.named_modules()}
-        return cls(name for name in block_names(teacher) if name in own)
+        return cls(name for name in (block_names(teacher) if teacher is not None else ()) if name in own)
 
     @contextmanager
-    def watched(self, model: nn.Module, teacher: nn.Module) -> Iterator[FeatureMaps]:
+    def watched(self, model: nn.Module, teacher: nn.Module | None) -> Iterator[FeatureMaps]:
         """Inside, the maps of the network in training mode, and of the teacher after it, are noted as they pass."""
         handles = []
         try:

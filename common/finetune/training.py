@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -91,7 +91,7 @@ def train(
             not fit the head.
     """
     _check_teacher(teacher_logits, teacher, dataset, settings)
-    maps = FeatureMaps.of(model, teacher) if settings.feature_weight else None
+    maps = FeatureMaps.of(model, teacher if settings.feature_weight else None)
     steps = _steps_per_epoch(dataset.train, settings)
     model.to(dataset.device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, settings)
@@ -101,7 +101,7 @@ def train(
     records = [EpochRecord(**record) for record in state.load(checkpoint)] if checkpoint else []
     bar = tqdm(total=steps * settings.epochs, initial=steps * len(records), unit="batch", disable=not progress)
     stopped, next_save = False, 0.0
-    with bar, _reproducible(dataset.device), maps.watched(model, teacher) if maps else nullcontext():
+    with bar, _reproducible(dataset.device), maps.watched(model, teacher):
         for epoch in range(len(records), settings.epochs):
             bar.set_description(f"epoch {epoch + 1}/{settings.epochs}")
             started = time.perf_counter()
@@ -153,8 +153,7 @@ def _train_epoch(
         if step == 0:
             check_head(logits, split)
         loss = _loss(logits, batch, settings, teacher.logits(batch))
-        if teacher.maps is not None:
-            loss = loss + settings.feature_weight * teacher.maps.distance()
+        loss = loss + settings.feature_weight * teacher.maps.distance()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if settings.clip_norm is not None:
@@ -181,7 +180,7 @@ class _Teacher:
     model: nn.Module | None
     known: Tensor | None
     settings: TrainSettings
-    maps: FeatureMaps | None
+    maps: FeatureMaps
 
     def logits(self, batch: Batch) -> Tensor | None:
         if self.model is None:

@@ -16,7 +16,13 @@ from .ray_executor import RayExecutor, RaySettings
 from .records import Record
 from .samplers import SAMPLERS, UPDATE_RATE, make_sampler, search_space, within_budget
 from .screening import CandidateFailed, Screener, Screening
-from .sensitivity import blended_sensitivity, measured_sensitivity, proxy_sensitivity
+from .sensitivity import (
+    MOST_SENSITIVITY_IMAGES,
+    blended_sensitivity,
+    measured_sensitivity,
+    proxy_sensitivity,
+    sensitivity_images,
+)
 from .study import GENERATION, Search, SearchSettings
 from .trainers import BatchTrainer, CallbackTrainer, Trainer
 
@@ -24,6 +30,7 @@ __all__ = [
     "CONTROL",
     "EXECUTORS",
     "GENERATION",
+    "MOST_SENSITIVITY_IMAGES",
     "SAMPLERS",
     "UPDATE_RATE",
     "AcceptanceRule",
@@ -57,6 +64,7 @@ __all__ = [
     "proxy_sensitivity",
     "search_seconds",
     "search_space",
+    "sensitivity_images",
     "split_trainer",
     "train_control",
     "within_budget",

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ..compress import ModelFactors, Targets, reconstructed_outputs
 from ..files import write_text
-from ..inputs import Inputs, channels_last, run
+from ..inputs import Inputs, channels_last, first, length, run
 from ..modules import copy_with, hooked, laid_out
 from ..ranks import MenuEntry, Menus
 from .divergence import Reference
@@ -31,11 +31,20 @@ from .prefix import Prefix, Unrepeatable
 ANCHORS = 5
 """Entries of each menu whose divergence is measured."""
 
+MOST_SENSITIVITY_IMAGES = 256
+"""There is one pass per measured entry: more images than these, or than a quarter of the calibration images, cost more
+than they tell."""
+
 SAME = 1e-6
 """Divergence from rounding alone."""
 
 Sensitivities = Mapping[str, tuple[float, ...]]
 """Layer name -> one number >= 0 per entry of its menu, falling with the error; 0 for dense."""
+
+
+def sensitivity_images(calibration: Inputs) -> Inputs:
+    """The calibration images that sensitivities are measured on: a quarter of them, at most MOST_SENSITIVITY_IMAGES."""
+    return first(calibration, min(MOST_SENSITIVITY_IMAGES, -(-length(calibration) // 4)))
 
 
 def proxy_sensitivity(menus: Menus) -> dict[str, tuple[float, ...]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -104,9 +103,11 @@ class BatchTrainer:
         optimizer = make_optimizer(model, self.settings)
         state = TrainState(model, optimizer, {**self.facts, "kind": self.kind, "own loss": self.loss is not None})
         records = [EpochRecord(**known) for known in state.load(checkpoint)]
-        maps = FeatureMaps.of(model, self.teacher) if self.settings.feature_weight else None
-        watched = maps.watched(model, self.teacher) if maps else nullcontext()
-        with watched, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        maps = FeatureMaps.of(model, self.teacher if self.settings.feature_weight else None)
+        with (
+            maps.watched(model, self.teacher),
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        ):
             for epoch in range(len(records), self.epochs):
                 torch.manual_seed(self.settings.seed * 10_007 + epoch)
                 started = time.perf_counter()
@@ -119,7 +120,7 @@ class BatchTrainer:
         model.eval()
         return records
 
-    def _epoch(self, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, maps: FeatureMaps | None) -> float:
+    def _epoch(self, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, maps: FeatureMaps) -> float:
         batches, steps = self._batches(epoch)
         losses: list[float] = []
         model.train()
@@ -128,8 +129,7 @@ class BatchTrainer:
             for group in optimizer.param_groups:
                 group["lr"] = self.settings.learning_rate_at(done, self.epochs * (steps or 1))
             loss = self._loss(model, inputs, targets)
-            if maps is not None:
-                loss = loss + self.settings.feature_weight * maps.distance()
+            loss = loss + self.settings.feature_weight * maps.distance()
             if not torch.isfinite(loss):
                 raise TrainingDiverged(
                     f"the training loss became {float(loss)} in epoch {epoch + 1}, batch {step + 1}: "
