@@ -18,6 +18,7 @@ from torch import nn
 
 from common import compress_network
 from common.data import load
+from common.knobs import CALIBRATION_IMAGES
 from common.models import build_model, load_checkpoint, read_state_dict
 from common.notebook import styled_text
 
@@ -182,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--train-limit", type=int, metavar="IMAGES", help="use a stratified subset")
     parser.add_argument("--candidates", type=int, default=34, help="screened per budget (default: 34)")
     parser.add_argument("--promote", type=int, default=1, help="fine-tuned per budget (default: 1)")
-    parser.add_argument("--calibration-images", type=int, default=512)
+    parser.add_argument("--calibration-images", type=int, default=CALIBRATION_IMAGES, help="default: %(default)s")
     parser.add_argument("--screen-images", type=int, default=1000)
     parser.add_argument("--latency-batch", type=int, default=16)
     parser.add_argument("--runtime", default="onnxruntime", help="onnxruntime, openvino or torch")

@@ -42,6 +42,7 @@ from common.configuration import Configuration
 from common.cost import count_params
 from common.files import exclusive, write_text
 from common.finetune import TrainSettings, evaluate, train
+from common.knobs import CALIBRATION_IMAGES
 from common.modules import copy_with, first_line
 from common.provenance import provenance
 from common.ranks import build_menus, meet_budget
@@ -252,7 +253,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, nargs="+", default=[0], help="of fine-tuning (default: 0, none)")
     parser.add_argument("--candidates", type=int, default=24, help="screened per budget by a sampler (default: 24)")
-    parser.add_argument("--calibration", type=int, default=512, metavar="IMAGES")
+    parser.add_argument("--calibration", type=int, default=CALIBRATION_IMAGES, metavar="IMAGES")
     parser.add_argument("--screen", type=int, default=1000, metavar="IMAGES")
     parser.add_argument("--out", type=Path, default=Path("results/published-networks"))
     return parser

@@ -15,6 +15,9 @@ from .search import EXECUTORS, GENERATION, SAMPLERS
 
 COSTS = ("flops", "params", "mix", "latency")
 SENSITIVITIES = ("blended", "measured", "proxy")
+CALIBRATION_IMAGES = 1024
+"""Where accuracy stops to rise with their number (results/calibration); each costs time in every candidate's fit."""
+
 DEVICES = r"^(auto|cpu|mps|cuda(:\d+)?)$"
 
 
@@ -62,7 +65,7 @@ class SearchKnobs:
     candidates: Annotated[int, Field(ge=1, le=100_000, description="a number per budget, at least 1")] = 34
     sampler: Annotated[Literal[SAMPLERS], Field(description=one_of(SAMPLERS))] = "policy"
     sensitivity: Annotated[Literal[SENSITIVITIES], Field(description=one_of(SENSITIVITIES))] = "blended"
-    calibration_images: Annotated[int, Field(ge=1, description="a number of images, at least 1")] = 2000
+    calibration_images: Annotated[int, Field(ge=1, description="a number of images, at least 1")] = CALIBRATION_IMAGES
     screen_images: Annotated[int, Field(ge=1, description="a number of images, at least 1")] = 2000
     promote: Annotated[int, Field(ge=1, description="a number per budget, at least 1")] = 2
     tolerance: Annotated[float, Field(ge=0, lt=1, description="a share of accuracy in [0, 1)")] = 0.02

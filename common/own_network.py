@@ -27,7 +27,7 @@ from .finetune import TrainSettings
 from .inputs import Inputs, first, like_model, sample
 from .judge import Judge, Validation
 from .knee import budget_of_speedup
-from .knobs import SearchKnobs
+from .knobs import CALIBRATION_IMAGES, SearchKnobs
 from .modules import unwrapped
 from .reports import plots
 from .run import Run, step
@@ -107,7 +107,7 @@ def compress_network(
     loss: Callable[[Any, Any], Tensor] | None = None,
     epochs: int = 3,
     leave_dense: Iterable[str] = (),
-    calibration_images: int = 512,
+    calibration_images: int = CALIBRATION_IMAGES,
     screen_images: int = 1000,
     details: Mapping[str, Any] | None = None,
     progress: bool = True,

@@ -143,6 +143,7 @@ def _cpu(model: str, size: int) -> RunSettings:
     settings = RunSettings(model, "mnist", size, budgets=(0.20, 0.10, 0.05), promote=1)
     if size >= LARGE_FROM or model != "resnet18":
         limit = 12_000 if model == "alexnet" else 8_000
+        # Fewer than CALIBRATION_IMAGES: every candidate is fitted on them, and at this size that takes the hours.
         images = {"calibration_images": 512, "screen_images": 512, "val_images": 1000}
         settings = replace(settings, train_limit=limit, baseline_epochs=4, **images)
     return settings

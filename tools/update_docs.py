@@ -72,6 +72,7 @@ def sections(results: Path) -> Mapping[str, Callable[[], str]]:
     files |= {path.parent.name: path for path in sorted(results.glob("latency-*/latency.md"))}
     files |= {name: results / f"{name}.md" for name in ("other-tasks", "every-network")}
     files["scale"] = results / "scale" / "scale.md"
+    files["calibration"] = results / "calibration" / "calibration.md"
     series = {
         "published-networks": sorted(results.glob("published-networks*/table.md")),
         "own-networks": sorted((results / "own-networks").glob("*.md")),
