@@ -23,12 +23,15 @@ from ..inputs import Inputs, length, like_model, run
 from ..modules import copy_with, evaluating, laid_out, unwrapped
 from .fold import fold_batch_norm
 from .onnx_export import export_onnx, onnx_session
-from .plans import LayerChoice, Measure, choose_plans, plain_layer, timer
+from .plans import SAME_SPEED, LayerChoice, Measure, choose_plans, plain_layer, timer
 from .runtimes import Run, Target
 
 __all__ = ["Deployed", "deploy", "export_onnx", "onnx_session"]
 
 MEMORY_FORMATS = ("channels_last", "contiguous")
+
+WHOLE = ("tucker",)
+"""Plans that a network is tried in as a whole, besides each layer's fastest: a call fewer than a chain's four."""
 
 WRONG_FROM, WRONG_IN_BFLOAT16, WRONG_IN_INT8 = 1e-2, 0.1, 1.0
 """Outputs that differ by more than this, relative to the largest, are not rounding (TF32 included) but a mistake."""
@@ -130,16 +133,16 @@ def deploy(
         example: ``(N, C, H, W)`` images, or several inputs (see `common.inputs`), of the batch size to deploy for, on
             the device to deploy to.
         runtime: "torch", or "onnxruntime" or "openvino" (CPU).
-        plans: how each factorised layer's execution plan is chosen: "measure" takes the fastest in the runtime, "flops"
-            the one of fewest FLOPs, "keep" the one that it is in.
+        plans: how each factorised layer's execution plan is chosen: "measure" times them in the runtime, layer by
+            layer, and then the whole network beside itself in the plans that it came in and in those of WHOLE; "flops"
+            takes the plan of fewest FLOPs, "keep" the one that a layer is in.
         compile: torch.compile the result. Plans are measured without, compiling each would take minutes.
         cuda_graph: record the result as a CUDA graph, which takes this batch size alone; plans are measured so too.
         memory_format: of torch's feature maps: "channels_last" (the default), "contiguous", or "measure": the faster.
         dtype: floating type to run in, such as torch.bfloat16, and of the images then; None keeps the model's. OpenVINO
             computes in bfloat16 and takes float32 images all the same.
         int8: calibration images: the result runs in int8, quantised after training with the ranges that they show (see
-            `quantise`). For onnxruntime and OpenVINO. Plans are chosen by their times in int8 and by those in float32,
-            and the faster of the two networks is taken.
+            `quantise`). For onnxruntime and OpenVINO. Layers are timed in int8, and in float32 as well.
         threads: CPU threads while measuring, and of the other runtimes; None: as many as torch uses in this process.
         rounds: timed rounds of each plan, and of the whole.
         measure: takes the place of the timing of a layer's plans.
@@ -173,6 +176,8 @@ def deploy(
     timed = [target] if int8 is None or plans != "measure" else [target, replace(target, int8=None)]
     timers = [measure] if measure else [_layer_timer(one, channels_last, rounds) for one in timed]
     alternatives = _alternatives(folded, example, plans, timers, channels_last)
+    if plans == "measure" and not measure:
+        alternatives += _whole(alternatives[0])
     choices, final, call = _fastest(folded, alternatives, target, example, rounds, channels_last)
 
     runs = {"deployed": call}
@@ -210,6 +215,20 @@ def _alternatives(
     return [{name: replace(found[0][name], plan=choice.plan) for name, choice in one.items()} for one in found]
 
 
+def _whole(choices: dict[str, LayerChoice]) -> list[dict[str, LayerChoice]]:
+    """The same layers in the plans that they came in, and each of WHOLE wherever a layer has it.
+
+    Layers timed alone do not see what their neighbours' layouts and caches do for them, so that a network of the
+    fastest layers need not be the fastest network.
+    """
+    came = {name: replace(choice, plan=choice.before) for name, choice in choices.items()}
+    alike = [
+        {name: replace(one, plan=plan if plan in one.timings else one.plan) for name, one in choices.items()}
+        for plan in WHOLE
+    ]
+    return [came, *alike]
+
+
 def _in_plans(folded: nn.Module, choices: Mapping[str, LayerChoice]) -> nn.Module:
     layers = {folded.get_submodule(name): choice.plan for name, choice in choices.items()}
     return copy_with(folded, {layer: plain_layer(layer, plan) for layer, plan in layers.items()}).requires_grad_(False)
@@ -230,15 +249,22 @@ def _fastest(
     rounds: int,
     channels_last: bool,
 ) -> tuple[dict[str, LayerChoice], nn.Module, Run]:
-    """Of a network in several choices of plans the fastest, whole: the choices, the network, what runs it."""
-    distinct = {str([one.plan for one in found.values()]): place for place, found in enumerate(alternatives)}
+    """Of a network in several choices of plans the fastest, timed whole: the choices, the network, what runs it.
+
+    An earlier one counts as fastest where the fastest is no more than SAME_SPEED ahead of it.
+    """
+    distinct: dict[str, int] = {}
+    for place, found in enumerate(alternatives):
+        distinct.setdefault(str([one.plan for one in found.values()]), place)
     networks = {place: laid_out(_in_plans(folded, alternatives[place]), channels_last) for place in distinct.values()}
-    runs = {place: target.run(network, example) for place, network in networks.items()}
-    best = next(iter(runs))
-    if len(runs) > 1:
-        seconds = measure_latency(runs, example, rounds=rounds, threads=target.threads)
-        best = min(seconds, key=seconds.__getitem__)
-    return alternatives[best], networks[best], runs[best]
+    if len(networks) == 1:
+        return alternatives[0], networks[0], target.run(networks[0], example)
+    runs = {place: target.uncompiled_run(network, example) for place, network in networks.items()}
+    seconds = measure_latency(runs, example, rounds=rounds, threads=target.threads)
+    limit = (1 + SAME_SPEED) * min(seconds.values())
+    best = next(place for place, value in seconds.items() if value <= limit)
+    call = target.run(networks[best], example) if target.compile else runs[best]
+    return alternatives[best], networks[best], call
 
 
 def _memory_format(asked: str | None, target: Target, model: nn.Module, example: Inputs, rounds: int) -> str:

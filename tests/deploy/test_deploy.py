@@ -11,7 +11,7 @@ from common.compress.decompose import factorize_layer
 from common.compress.layers import MATRIX_PLANS, PLANS
 from common.compress.trace import LayerTrace
 from common.configuration import KernelRanks, MatrixRanks
-from common.deploy import Target, deploy, fold_batch_norm, median_and_error, plain_layer, timer
+from common.deploy import Target, deploy, fold_batch_norm, median_and_error, network, plain_layer, timer
 from common.deploy.plans import FIRST_ROUNDS, PlanTiming, choose_plans, fastest, fewest_flops, plan_flops
 from common.deploy.runtimes import compiled, cuda_graph
 from common.models import build_model
@@ -387,6 +387,26 @@ def test_timer_gives_up_on_hopeless_plans(monkeypatch):
     speeds = {"fast": 1.0, "near": 1.4, "hopeless": 1.6}
     samples = timer(lambda module, _: module, rounds=9, threads=None)(speeds, torch.zeros(1))
     assert {name: len(values) for name, values in samples.items()} == {"fast": 9, "near": 9, "hopeless": FIRST_ROUNDS}
+
+
+@pytest.mark.parametrize(("place", "expected"), [(0, "input-chain"), (1, "chain"), (2, "tucker")])
+def test_a_network_is_timed_whole_too_in_the_plans_it_came_in_and_in_tucker_plans(monkeypatch, place, expected):
+    """Each layer's fastest plan alone is the input-chain here; the network is fastest in the one at `place`."""
+    seconds = [1.0 if at == place else 2.0 for at in range(3)]
+    monkeypatch.setattr(network, "_layer_timer", lambda *_: preferring("input-chain"))
+    monkeypatch.setattr(network, "measure_latency", lambda runs, *_, **__: dict(zip(runs, seconds, strict=True)))
+    deployed = deploy(small_net(), images(), rounds=1)
+    assert {deployed.plans[name] for name in ("first", "second")} == {expected}
+    assert set(deployed.plans) == set(FACTORISED)
+    with torch.no_grad():
+        assert relative_error(deployed(images()), small_net()(images())) < 1e-4
+
+
+def test_a_network_whose_other_plans_are_as_fast_keeps_its_layers_fastest(monkeypatch):
+    seconds = [1.01, 1.0, 1.0]
+    monkeypatch.setattr(network, "_layer_timer", lambda *_: preferring("input-chain"))
+    monkeypatch.setattr(network, "measure_latency", lambda runs, *_, **__: dict(zip(runs, seconds, strict=True)))
+    assert deploy(small_net(), images(), rounds=1).plans["first"] == "input-chain"
 
 
 def test_a_factorised_layer_alone_deploys():
