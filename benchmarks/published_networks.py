@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 if __package__ in (None, ""):
@@ -70,14 +70,42 @@ RECIPE = TrainSettings(
 among 0, 10 and 100 by the divergence from the dense outputs on validation."""
 
 
-class Bench:
+class Shapes:
+    """A network's factors, and the networks of the layers that rows have: not fitted, not trained."""
+
+    def __init__(self, model: nn.Module, images: Tensor) -> None:
+        self.model, self.images = model, images
+        self.factors = factorize(model, images)
+        self.weights = factorize(model, images, bases="weight")
+
+    def of(self, row: Mapping[str, Any]) -> nn.Module:
+        """What a row's speed can be measured on, which is of the layers alone."""
+        method, config = row["method"], Configuration.parse(row["config_str"])
+        if method == DENSE:
+            return self.model
+        if method == TWO_FACTOR:
+            return peers.in_plan(self.factors, config, "output-pair")
+        if method in PEERS:
+            return self.peer(method, row["budget"])
+        return self.factors.compress(config)
+
+    def peer(self, method: str, budget: float) -> nn.Module:
+        """The network of somebody else's method, before any training."""
+        flops = int(budget * self.factors.dense_flops)
+        if method == "torch-pruning":
+            return peers.torch_pruning(self.model, self.images, flops)
+        if method == "Tucker-2, VBMF":
+            return peers.in_plan(self.weights, peers.tucker2_ranks(self.weights, budget), "tucker")
+        kind = method.rsplit(" ", 1)[1].lower()
+        return peers.tensorly_torch(self.model, self.images, flops, factorization=kind)
+
+
+class Bench(Shapes):
     """What all rows of one network and seed have in common."""
 
     def __init__(self, model: nn.Module, dataset: data.Dataset, options: argparse.Namespace, seed: int) -> None:
-        self.model, self.dataset, self.options, self.seed = model, dataset, options, seed
-        self.images = dataset.train.sample(options.calibration, seed)
-        self.factors = factorize(model, self.images)
-        self.weights = factorize(model, self.images, bases="weight")
+        super().__init__(model, dataset.train.sample(options.calibration, seed))
+        self.dataset, self.options, self.seed = dataset, options, seed
         self.screener = Screener(self.factors, self.images, dataset.val, limit=options.screen)
         self.menus = build_menus(self.factors)
         few = sensitivity_images(self.images)
@@ -138,16 +166,6 @@ class Bench:
         best = min(screened, key=lambda record: record["divergence"])["config"]
         return self.screener.build(best), best, len(records)
 
-    def peer(self, method: str, budget: float) -> nn.Module:
-        """The network of somebody else's method, before any training."""
-        flops = int(budget * self.factors.dense_flops)
-        if method == "torch-pruning":
-            return peers.torch_pruning(self.model, self.images, flops)
-        if method == "Tucker-2, VBMF":
-            return peers.in_plan(self.weights, peers.tucker2_ranks(self.weights, budget), "tucker")
-        kind = method.rsplit(" ", 1)[1].lower()
-        return peers.tensorly_torch(self.model, self.images, flops, factorization=kind)
-
 
 def table(content: Mapping[str, Any]) -> str:
     """Points lost on test, mean and standard deviation over the seeds: a line per method, a column per budget.
@@ -158,8 +176,7 @@ def table(content: Mapping[str, Any]) -> str:
     for network, epochs in dict.fromkeys((row["network"], row["epochs"]) for row in content["rows"]):
         dense = content["dense"][network]
         rows = [row for row in content["rows"] if (row["network"], row["epochs"]) == (network, epochs)]
-        controls = [row["test_accuracy"] for row in rows if row["method"] == DENSE]
-        standard = max(dense, statistics.mean(controls)) if controls else dense
+        standard = standard_of(content, network, epochs)
         failures = {row["method"]: row["failed"] for row in rows if "failed" in row}
         seeds = len({row["seed"] for row in rows})
         if not epochs:  # others' packages leave batch norms to the training that they are made for
@@ -182,6 +199,14 @@ def table(content: Mapping[str, Any]) -> str:
     if content["provenance"].get("peers"):
         parts.append("Peers: " + ", ".join(f"{n} {v}" for n, v in content["provenance"]["peers"].items()) + ".")
     return "\n\n".join(parts)
+
+
+def standard_of(content: Mapping[str, Any], network: str, epochs: int) -> float:
+    """The test accuracy that losses are counted from: of the dense network, as published or trained on as long."""
+    rows = [row for row in content["rows"] if (row["network"], row["epochs"]) == (network, epochs)]
+    controls = [row["test_accuracy"] for row in rows if row["method"] == DENSE]
+    published = content["dense"][network]
+    return max(published, statistics.mean(controls)) if controls else published
 
 
 def _lost(dense: float, rows: Sequence[Mapping[str, Any]]) -> str:

@@ -141,7 +141,7 @@ def table(content: Mapping[str, Any]) -> str:
         f"{content['network']}, {content['image_size']} px: {share['params']:.1%} of the parameters, "
         f"{share['flops']:.1%} of the FLOPs kept. Accuracy of the first {content['test_images']} test images.",
         f"{found_by['machine']}, {found_by['threads']} threads, revision {found_by['git_revision']}; median of "
-        f"{content['rounds']} interleaved rounds, both sides folded and with plans chosen by measurement in float32.",
+        f"{content['rounds']} interleaved rounds, both sides folded and with plans chosen by measurement.",
         f"Load average before the timings at most {max(row['load_average'] for row in content['rows']):.1f}.",
     ]
     notes += _best_of_both(content["rows"])
