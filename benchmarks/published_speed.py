@@ -4,7 +4,7 @@
 
 Every network of `published_networks.py`'s rows that was trained longest is deployed as the dense one is and timed with
 it, in turns, in every runtime and batch size. A network with fewer FLOPs need not be faster: pruned layers stay one
-convolution each. So methods are compared at the same loss, between the points of their curves. Speed is of the layers'
+convolution each. So each network is compared with the fastest of ours that loses no more. Speed is of the layers'
 shapes: the networks timed are those that the rows were trained from. Let nothing else run.
 
 Writes speed.json after every case and goes on where it was; then speed.md and a figure.
@@ -30,7 +30,6 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.cifar_resnet import MEAN, STD, from_checkpoint, network_name
-from benchmarks.latency_search import speed_at
 from benchmarks.published_networks import DENSE, METHODS, Shapes, standard_of
 from benchmarks.rows import exit_code, resumed
 from common import data
@@ -99,19 +98,25 @@ def curves(content: Mapping[str, Any], case: Mapping[str, Any]) -> dict[str, lis
     return {method: sorted(points[method]) for method in METHODS if method in points}
 
 
-def at_the_same_loss(content: Mapping[str, Any], case: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Method -> how many times as fast ours is as one of its networks, where our curve has that network's loss."""
+def losing_no_more(content: Mapping[str, Any], case: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Method -> for each of its networks how many times as fast our fastest is that loses no more than it.
+
+    Networks that lose less than any of ours are left out.
+    """
     found = curves(content, case)
-    ratios = {}
-    for method, points in found.items():
-        if method != OURS:
-            reached = [(speed_at(found[OURS], lost), speedup) for speedup, lost in points]
-            ratios[method] = [ours / theirs for ours, theirs in reached if ours is not None]
-    return ratios
+    return {
+        method: [
+            max(fitting) / speedup
+            for speedup, lost in points
+            if (fitting := [ours for ours, ours_lost in found[OURS] if ours_lost <= lost])
+        ]
+        for method, points in found.items()
+        if method != OURS
+    }
 
 
 def table(content: Mapping[str, Any]) -> str:
-    """A line per network with its speed-up in every case; then ours over each other's at the same loss."""
+    """A line per network with its speed-up in every case; then ours over each other's, ours losing no more."""
     cases, facts = content["cases"], content["provenance"]
     titles = [f"{case['runtime']}, batch {case['batch']}" for case in cases]
     lines = [
@@ -121,18 +126,19 @@ def table(content: Mapping[str, Any]) -> str:
             f"{row['lost']:.2f}",
             *(f"{_of(case, row)['speedup']:.2f}x" for case in cases),
         ]
-        for row in content["networks"]
+        for row in sorted(content["networks"], key=lambda row: (METHODS.index(row["method"]), -row["budget"]))
     ]
     lines.append(["dense", "100.0%", "0.00", *(f"{1e3 * case['dense_seconds']:.2f} ms" for case in cases)])
     heads = ["method", "FLOPs kept", "points lost", *titles]
     parts = [tabulate(lines, headers=heads, tablefmt="github", disable_numparse=True)]
-    ratios = [at_the_same_loss(content, case) for case in cases]
+    ratios = [losing_no_more(content, case) for case in cases]
     leads = [[method, *(_range(case.get(method, [])) for case in ratios)] for method in ratios[0] if method != OURS]
-    heads = [f"{OURS} at the same loss, over", *titles]
+    heads = [f"{OURS}, losing no more: times as fast as", *titles]
     parts.append(tabulate(leads, headers=heads, tablefmt="github", disable_numparse=True))
     parts.append(
         f"{content['network']}, {content['epochs']} epochs of fine-tuning, points lost on test; speed-up over the "
-        "dense network, all deployed alike and timed in turns. A dash: our curve has no point of that loss. "
+        f"dense network, all deployed alike and timed in turns. Below, each network beside the fastest of {OURS} that "
+        "loses no more, slowest and fastest ratio of a method's networks. "
         f"{facts['machine']}, {facts['threads']} threads, revision {facts['git_revision']}; load average before the "
         f"timings at most {max(case['load_average'] for case in cases):.1f}."
     )

@@ -75,6 +75,7 @@ def sections(results: Path) -> Mapping[str, Callable[[], str]]:
     files["calibration"] = results / "calibration" / "calibration.md"
     series = {
         "published-networks": sorted(results.glob("published-networks*/table.md")),
+        "published-speed": sorted(results.glob("published-networks*/speed.md")),
         "own-networks": sorted((results / "own-networks").glob("*.md")),
         "runtimes": sorted(results.glob("runtimes-*/runtimes.md")),
         "roofline": sorted(results.glob("roofline-*/roofline.md")),

@@ -30,8 +30,9 @@ __all__ = ["Deployed", "deploy", "export_onnx", "onnx_session"]
 
 MEMORY_FORMATS = ("channels_last", "contiguous")
 
-WHOLE = ("tucker",)
-"""Plans that a network is tried in as a whole, besides each layer's fastest: a call fewer than a chain's four."""
+WHOLE = ("tucker", "dense")
+"""Plans that a network is tried in as a whole, besides each layer's fastest: a call fewer than a chain's four; and one
+per layer, so that no network is slower than the dense one was."""
 
 WRONG_FROM, WRONG_IN_BFLOAT16, WRONG_IN_INT8 = 1e-2, 0.1, 1.0
 """Outputs that differ by more than this, relative to the largest, are not rounding (TF32 included) but a mistake."""

@@ -389,10 +389,10 @@ def test_timer_gives_up_on_hopeless_plans(monkeypatch):
     assert {name: len(values) for name, values in samples.items()} == {"fast": 9, "near": 9, "hopeless": FIRST_ROUNDS}
 
 
-@pytest.mark.parametrize(("place", "expected"), [(0, "input-chain"), (1, "chain"), (2, "tucker")])
-def test_a_network_is_timed_whole_too_in_the_plans_it_came_in_and_in_tucker_plans(monkeypatch, place, expected):
+@pytest.mark.parametrize(("place", "expected"), [(0, "input-chain"), (1, "chain"), (2, "tucker"), (3, "dense")])
+def test_a_network_is_timed_whole_too_in_the_plans_it_came_in_in_tucker_plans_and_dense(monkeypatch, place, expected):
     """Each layer's fastest plan alone is the input-chain here; the network is fastest in the one at `place`."""
-    seconds = [1.0 if at == place else 2.0 for at in range(3)]
+    seconds = [1.0 if at == place else 2.0 for at in range(4)]
     monkeypatch.setattr(network, "_layer_timer", lambda *_: preferring("input-chain"))
     monkeypatch.setattr(network, "measure_latency", lambda runs, *_, **__: dict(zip(runs, seconds, strict=True)))
     deployed = deploy(small_net(), images(), rounds=1)
@@ -403,7 +403,7 @@ def test_a_network_is_timed_whole_too_in_the_plans_it_came_in_and_in_tucker_plan
 
 
 def test_a_network_whose_other_plans_are_as_fast_keeps_its_layers_fastest(monkeypatch):
-    seconds = [1.01, 1.0, 1.0]
+    seconds = [1.01, 1.0, 1.0, 1.0]
     monkeypatch.setattr(network, "_layer_timer", lambda *_: preferring("input-chain"))
     monkeypatch.setattr(network, "measure_latency", lambda runs, *_, **__: dict(zip(runs, seconds, strict=True)))
     assert deploy(small_net(), images(), rounds=1).plans["first"] == "input-chain"
