@@ -72,6 +72,9 @@ def tensorly_torch(
         flops: multiply-accumulates of one image that may be used.
         factorization: tucker (all modes), or cp.
         others: modules of `dense` -> what stands in their place.
+
+    Raises:
+        ValueError: its smallest takes more FLOPs.
     """
     library = package("tensorly-torch")
     chosen = [
@@ -102,11 +105,15 @@ def tensorly_torch(
         return copy_with(dense, {**layers, **(others or {})}).eval()
 
     share = largest(lambda knob: flops_of(replaced(knob, False), example), flops)
-    return replaced(share, True)
+    return _allowed(replaced(share, True), example, flops)
 
 
 def torch_pruning(dense: nn.Module, example: Tensor, flops: int, *, round_to: int | None = None) -> nn.Module:
-    """The network with groups of channels pruned by their magnitude, all layers by one share, within the FLOPs."""
+    """The network with groups of channels pruned by their magnitude, all layers by one share, within the FLOPs.
+
+    Raises:
+        ValueError: its smallest takes more: a group is never pruned to its last channel.
+    """
     library = package("torch-pruning")
 
     def pruned(kept: float) -> nn.Module:
@@ -123,7 +130,7 @@ def torch_pruning(dense: nn.Module, example: Tensor, flops: int, *, round_to: in
         return model.eval()
 
     with torch.enable_grad():
-        return pruned(largest(lambda kept: flops_of(pruned(kept), example), flops))
+        return _allowed(pruned(largest(lambda kept: flops_of(pruned(kept), example), flops)), example, flops)
 
 
 def tucker2_ranks(weights: ModelFactors, budget: float) -> Configuration:
@@ -216,6 +223,18 @@ def in_plan(factors: ModelFactors, config: Mapping[str, Ranks], plan: str) -> nn
             chain = layer.truncated(ranks, PLANS[plan])
             layers[model.get_submodule(name)] = HTLayer(chain, layer.bias, layer.geometry)
     return copy_with(model, layers)
+
+
+def _allowed(network: nn.Module, example: Tensor, flops: int) -> nn.Module:
+    """The network as it is.
+
+    Raises:
+        ValueError: it takes more multiply-accumulates than these, since the peer's knob reaches no further.
+    """
+    found = flops_of(network, example)
+    if found > flops:
+        raise ValueError(f"cannot be brought to {flops:,} FLOPs: at its smallest it takes {found:,}")
+    return network
 
 
 def flops_of(model: nn.Module, example: Tensor) -> int:

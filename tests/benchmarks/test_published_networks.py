@@ -91,3 +91,11 @@ def test_peers_come_close_to_the_flops_that_they_may_use(method, package):
         small = peers.tensorly_torch(model, images, allowed, factorization=method.rsplit(" ", 1)[1].lower())
     assert 0.8 * allowed < peers.flops_of(small, images) <= allowed
     assert small(images).shape == (4, 10)
+
+
+@pytest.mark.parametrize(("method", "package"), [("torch_pruning", "torch_pruning"), ("tensorly_torch", "tltorch")])
+def test_a_peer_that_cannot_be_as_small_says_so_and_passes_nothing_larger_on(method, package):
+    pytest.importorskip(package)
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="cannot be brought to 100 FLOPs: at its smallest it takes"):
+        getattr(peers, method)(CifarResNet(1).eval(), torch.randn(4, 3, 32, 32), 100)
