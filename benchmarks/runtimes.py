@@ -86,7 +86,9 @@ def measure(networks: Mapping[str, nn.Module], dataset: Dataset, options: argpar
         }
         for key, model in deployed.items():
             if key not in accuracies:
-                accuracies[key] = evaluate(_on_batches(model, batch), dataset.test, limit=options.test_images).accuracy
+                pieces = _on_batches(model, batch)
+                # In the precision that is deployed: autocast would make bfloat16 of torch's float32.
+                accuracies[key] = evaluate(pieces, dataset.test, limit=options.test_images, amp=False).accuracy
         load_average = os.getloadavg()[0]
         runs = {key: model.run for key, model in deployed.items()}
         samples = latency_samples(runs, images[:batch].clone(), rounds=options.rounds)
