@@ -19,7 +19,7 @@ def finished(tmp_path_factory):
     torch.manual_seed(0)
     torch.save(CifarResNet(1).state_dict(), folder / "resnet8.th")
     shared = ["--data", "digits", "--calibration", "64", "--out", str(folder)]
-    rows = ["--checkpoints", str(folder / "resnet8.th"), "--budgets", "0.5", "--seeds", "0", "--screen", "64"]
+    rows = ["--checkpoints", str(folder / "resnet8.th"), "--budgets", "0.6", "0.5", "--seeds", "0", "--screen", "64"]
     assert published_networks.main([*rows, *shared, "--methods", *METHODS, "--candidates", "2"]) == 0
     arguments = ["--checkpoint", str(folder / "resnet8.th"), *shared, "--batches", "2", "--rounds", "2"]
     assert published_speed.main([*arguments, "--runtimes", "onnxruntime"]) == 0
@@ -30,7 +30,7 @@ def test_every_row_is_timed_in_every_case_and_a_second_call_adds_what_is_missing
     arguments, folder = finished
     first = json.loads((folder / "speed.json").read_text())
     (case,) = first["cases"]
-    assert {(row["method"], row["budget"]) for row in case["rows"]} == {(m, 0.5) for m in METHODS}
+    assert {(row["method"], row["budget"]) for row in case["rows"]} == {(m, b) for m in METHODS for b in (0.6, 0.5)}
     assert all(row["seconds"] > 0 and row["speedup"] > 0 for row in case["rows"])
     monkeypatch.setattr(published_speed, "provenance", lambda *_: first["provenance"])
     assert published_speed.main([*arguments, "--runtimes", "onnxruntime", "torch"]) == 0

@@ -6,7 +6,6 @@ import pytest
 
 from benchmarks import runtimes
 from common.compress import factorize
-from common.configuration import Configuration
 from common.models import build_model, save_checkpoint, save_compressed
 from common.ranks import uniform
 
@@ -18,8 +17,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runtimes")
     dense = build_model("resnet18", 10, seed=0).eval()
     factors = factorize(dense, input_shape=(3, 32, 32))
-    # The last stage alone: every layer's plans are timed, in int8 as well.
-    config = Configuration({n: ranks for n, ranks in uniform(factors, 0.2).items() if n.startswith("layer4")})
+    config = uniform(factors, 0.2)
     save_checkpoint(dense, folder / "dense.safetensors", architecture="resnet18", classes=list("0123456789"))
     options = {"architecture": "resnet18", "num_classes": 10, "image_size": 32, "config": config}
     save_compressed(factors.compress(config), folder / "small.safetensors", **options)
@@ -36,7 +34,7 @@ def test_each_way_is_a_row_with_both_sides(files, capsys):
     for row in content["rows"]:
         assert row["dense"]["median"] > 0 < row["compressed"]["median"]
         assert 0 <= row["accuracy"]["compressed"] <= 1
-    assert content["sizes"]["compressed"]["flops"] < 0.9 * content["sizes"]["dense"]["flops"]
+    assert content["sizes"]["compressed"]["flops"] < 0.25 * content["sizes"]["dense"]["flops"]
     text = (files / "out" / "runtimes.md").read_text()
     best = min(row["dense"]["median"] for row in content["rows"][:2])
     assert f"{best / content['rows'][2]['compressed']['median']:.2f}x" in text
