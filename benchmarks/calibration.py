@@ -28,15 +28,14 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.cifar_resnet import MEAN, STD, from_checkpoint, network_name
-from benchmarks.rows import exit_code, mean_and_deviation, resumed
+from benchmarks.rows import command, mean_and_deviation, resumed
 from common import data
 from common.compress import factorize
 from common.configuration import Configuration
-from common.files import exclusive, write_text
+from common.files import write_text
 from common.finetune import evaluate
 from common.provenance import provenance
 from common.ranks import CostMeasure, build_menus
-from common.reports import plots
 from common.search import (
     MenuCosts,
     Policy,
@@ -125,20 +124,12 @@ def figure(content: Mapping[str, Any]) -> Figure:
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0, 2 for bad input, 130 when interrupted."""
     options = _parser().parse_args(arguments)
-
-    def work() -> None:
-        if min(options.counts) < 2:
-            raise ValueError(f"--counts must be at least 2 images; got {min(options.counts)}")
-        with exclusive(options.out):
-            content = _run(options)
-        write_text(options.out / "calibration.md", table(content) + "\n")
-        plots.save(figure(content), options.out / "calibration.png")
-        print(table(content))
-
-    return exit_code(work)
+    return command(options.out, "calibration", lambda: _run(options), table, figure)
 
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
+    if min(options.counts) < 2:
+        raise ValueError(f"--counts must be at least 2 images; got {min(options.counts)}")
     dataset = data.load(options.data, image_size=32, mean=MEAN, std=STD)
     if max(options.counts) > len(dataset.train):
         raise ValueError(

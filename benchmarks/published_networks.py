@@ -35,12 +35,12 @@ if __package__ in (None, ""):
 
 from benchmarks import peers
 from benchmarks.cifar_resnet import MEAN, STD, from_checkpoint, network_name
-from benchmarks.rows import exit_code, mean_and_deviation, resumed
+from benchmarks.rows import command, mean_and_deviation, resumed
 from common import data
 from common.compress import factorize, reconstruct
 from common.configuration import Configuration
 from common.cost import count_params
-from common.files import exclusive, write_text
+from common.files import write_text
 from common.finetune import TrainSettings, evaluate, train
 from common.knobs import CALIBRATION_IMAGES
 from common.modules import copy_with, first_line
@@ -218,14 +218,7 @@ def _lost(dense: float, rows: Sequence[Mapping[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0, 2 for bad input, 130 when interrupted."""
     options = _parser().parse_args(arguments)
-
-    def work() -> None:
-        with exclusive(options.out):
-            content = _run(options)
-        write_text(options.out / "table.md", table(content) + "\n")
-        print(table(content))
-
-    return exit_code(work)
+    return command(options.out, "table", lambda: _run(options), table)
 
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:

@@ -31,15 +31,14 @@ if __package__ in (None, ""):
 
 from benchmarks.cifar_resnet import MEAN, STD, from_checkpoint, network_name
 from benchmarks.published_networks import DENSE, METHODS, Shapes, standard_of
-from benchmarks.rows import exit_code, resumed
+from benchmarks.rows import command, resumed
 from common import data
 from common.cost import latency_samples
 from common.deploy import deploy
 from common.deploy.runtimes import RUNTIMES
-from common.files import exclusive, write_text
+from common.files import write_text
 from common.knobs import CALIBRATION_IMAGES
 from common.provenance import provenance
-from common.reports import plots
 
 OURS = METHODS[0]
 
@@ -176,15 +175,7 @@ def figure(content: Mapping[str, Any]) -> Figure:
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0, 2 for bad input, 130 when interrupted."""
     options = _parser().parse_args(arguments)
-
-    def work() -> None:
-        with exclusive(options.out):
-            content = _run(options)
-        write_text(options.out / "speed.md", table(content) + "\n")
-        plots.save(figure(content), options.out / "speed.png")
-        print(table(content))
-
-    return exit_code(work)
+    return command(options.out, "speed", lambda: _run(options), table, figure)
 
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
@@ -193,7 +184,8 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     known = json.loads((options.out / "rows.json").read_text(encoding="utf-8"))
     rows = trained_rows(known, network)
     target = options.out / "speed.json"
-    asked = {"rounds": options.rounds, "calibration": options.calibration}
+    own = {name: getattr(options, name) for name in ("rounds", "calibration")}
+    asked = {**own, "network": network, "timed": [_name(row) for row in rows]}
     content = resumed(target, {"asked": asked, "cases": [], "provenance": provenance("cpu", 0)})
     content |= {"network": network, "epochs": rows[0]["epochs"], "networks": rows}
     done = {(case["runtime"], case["batch"]) for case in content["cases"]}

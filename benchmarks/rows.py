@@ -9,13 +9,32 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.files import SearchBusy
+from matplotlib.figure import Figure
+
+from common.files import SearchBusy, exclusive, write_text
+from common.reports import plots
 
 
-def exit_code(work: Callable[[], None]) -> int:
-    """Do the work of a command that goes on where it was: 0, 2 for bad input, 130 when interrupted."""
+def command(
+    out: Path,
+    name: str,
+    run: Callable[[], dict[str, Any]],
+    table: Callable[[Mapping[str, Any]], str],
+    figure: Callable[[Mapping[str, Any]], Figure] | None = None,
+) -> int:
+    """A command that goes on where it was: make the rows, then `name`.md of them, printed too, and `name`.png.
+
+    Returns:
+        The exit code: 0, 2 for bad input, 130 when interrupted.
+    """
     try:
-        work()
+        with exclusive(out):
+            content = run()
+        text = table(content)
+        write_text(out / f"{name}.md", text + "\n")
+        if figure is not None:
+            plots.save(figure(content), out / f"{name}.png")
+        print(text)
     except KeyboardInterrupt:
         print("\nInterrupted; the same command goes on where it was.", file=sys.stderr)
         return 130

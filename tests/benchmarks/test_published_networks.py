@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import peers, published_networks
+from benchmarks import rows as benchmark_rows
 from benchmarks.cifar_resnet import CifarResNet
 from common.files import SearchBusy
 
@@ -53,7 +54,7 @@ def test_a_folder_that_another_process_works_in_is_named(finished, capsys, monke
     def busy(_folder):
         raise SearchBusy("another process is searching in there")
 
-    monkeypatch.setattr(published_networks, "exclusive", busy)
+    monkeypatch.setattr(benchmark_rows, "exclusive", busy)
     assert published_networks.main(finished[0]) == 2
     assert capsys.readouterr().err == "error: another process is searching in there\n"
 

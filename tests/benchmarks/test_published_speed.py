@@ -43,6 +43,16 @@ def test_every_row_is_timed_in_every_case_and_a_second_call_adds_what_is_missing
     assert (folder / "speed.png").stat().st_size > 0
 
 
+def test_times_of_other_rows_are_not_taken_up(finished, tmp_path, monkeypatch, capsys):
+    arguments, folder = finished
+    speed, content = (json.loads((folder / name).read_text()) for name in ("speed.json", "rows.json"))
+    (tmp_path / "speed.json").write_text(json.dumps(speed))
+    (tmp_path / "rows.json").write_text(json.dumps({**content, "rows": content["rows"][1:]}))
+    monkeypatch.setattr(published_speed, "provenance", lambda *_: speed["provenance"])
+    assert published_speed.main([*arguments, "--out", str(tmp_path)]) == 2
+    assert "rows of other settings" in capsys.readouterr().err
+
+
 def test_what_is_timed_has_the_layers_of_the_row(finished):
     arguments, folder = finished
     content = json.loads((folder / "rows.json").read_text())
