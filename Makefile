@@ -38,7 +38,7 @@ row: $(STAMP)  ## ResNet18 on Fashion-MNIST in the README's tables: 32 px, from 
 
 test: $(STAMP)  ## run the tests in two processes of one thread each: more threads than cores fight
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not apart"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m apart
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m apart
 
 peers: $(STAMP)  ## other methods beside ours, CIFAR-10: CHECKPOINT=resnet20.th DATA=cifar10 or folder:PATH
 	@test -n "$(CHECKPOINT)" || { echo "Give CHECKPOINT=, a state dict of CIFAR-10's ResNet-20 or ResNet-56"; exit 1; }

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .data import Dataset, load
 from .deployed_set import DeployedSet
-from .finetune import Baseline, baseline, evaluate, recipe
+from .finetune import Baseline, baseline, evaluate, given_baseline, recipe
 from .presets import RunSettings
 from .run import Run, step
 from .search import Screener, Trainer, split_trainer
@@ -57,8 +57,11 @@ class Experiment(Run):
 
     @step
     def prepare_baseline(self) -> Baseline:
-        """The trained dense network: loaded, or trained now if there is no checkpoint of it (it says which)."""
+        """The trained dense network: loaded, or trained now if there is no checkpoint of it (it says which); without
+        epochs to train it, the given weights as they are."""
         s, dataset = self.settings, self.load_data()
+        if s.baseline_epochs == 0:
+            return given_baseline(s.model, dataset, s.weights)
         train = recipe(s.model, pretrained=s.weights != "none", train_images=len(dataset.train))
         train = replace(train, epochs=s.baseline_epochs, val_images=s.val_images, seed=s.split_seed)
         return baseline(s.model, dataset, train, weights=s.weights, folder=Path(s.baselines), progress=self.progress)

@@ -29,7 +29,7 @@ class RunSettings(SearchKnobs):
         data_root: where the data set lies; None: $HTD_DATA, else data.
         weights: what the baseline starts from: imagenet, none, or the path of a checkpoint.
         train_limit: stratified subset of the training images used, None for all.
-        baseline_epochs: of the dense network, when it has to be trained.
+        baseline_epochs: of the dense network, when it has to be trained; 0: `weights`, a trained checkpoint, as it is.
         val_images: validation images evaluated after each epoch of training but the last, None for all; they give up
             candidates half-way. What losses are counted by is of all validation images.
         finetune_epochs: at most; 3 is the protocol's limit.
@@ -46,7 +46,7 @@ class RunSettings(SearchKnobs):
     data_root: str | None = None
     weights: Annotated[str, Field(min_length=1, description="none, imagenet or the path of a checkpoint")] = "none"
     train_limit: Annotated[int | None, Field(ge=1, description="a number of images, at least 1, or None")] = None
-    baseline_epochs: Annotated[int, Field(ge=1, le=10_000, description="a number of epochs, at least 1")] = 3
+    baseline_epochs: Annotated[int, Field(ge=0, le=10_000, description="a number of epochs, 0 to 10000")] = 3
     val_images: Annotated[int | None, Field(ge=1, description="a number of images, at least 1, or None")] = None
     finetune_epochs: Annotated[int, Field(ge=1, le=3, description="1 to 3 epochs")] = 3
     split_seed: Annotated[int, Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")] = 0
@@ -60,6 +60,10 @@ class RunSettings(SearchKnobs):
         check_fields(self)
         self.check_int8()
         check_image_size(self.model, self.image_size)
+        if self.baseline_epochs == 0 and self.weights in ("none", "imagenet"):
+            raise ValueError(
+                f"baseline_epochs=0 takes a trained network as it is: weights must be its path, got {self.weights!r}"
+            )
 
     @property
     def name(self) -> str:

@@ -60,6 +60,17 @@ def test_the_dense_network_trained_on_as_long_stands_beside_it(finished):
     assert not list((folder / experiment.settings.state_folder).glob("dense-control*.safetensors"))
 
 
+def test_a_run_starts_from_a_trained_network_as_it_is(finished, tmp_path, monkeypatch):
+    first, _, folder = finished
+    monkeypatch.chdir(tmp_path)
+    trained = folder / first.prepare_baseline().checkpoint
+    experiment = tiny(baseline_epochs=0, weights=str(trained))
+    assert experiment.dense_score() == first.dense_score()
+    assert experiment.validate_dense() == first.validate_dense()
+    assert experiment.header()["baseline_checkpoint"] == trained.name
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_validation_decides_who_is_accepted_in_the_run_and_in_its_table(finished):
     experiment, _, folder = finished
     limit = experiment.dense_validation() - experiment.settings.tolerance

@@ -390,6 +390,7 @@ def test_int8_in_a_runtime_without_it_is_refused_at_once(trained, loaders, tmp_p
 
 
 @pytest.mark.apart
+@pytest.mark.xdist_group("ray")
 def test_a_run_on_rays_workers_is_the_run_of_this_process(finished, trained, loaders, tmp_path, monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.setenv("RAY_worker_niceness", "0")

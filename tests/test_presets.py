@@ -40,6 +40,8 @@ def test_runs_that_differ_in_what_they_compute_on_have_different_names():
         ("quick", "resnet18", {"tolerance": 1.0}, "tolerance"),
         ("quick", "resnet18", {"sensitivity": "guessed"}, "blended, measured, proxy"),
         ("quick", "resnet18", {"cost": "joules"}, "flops, params, mix, latency"),
+        ("quick", "resnet18", {"baseline_epochs": 0}, "weights must be its path, got 'none'"),
+        ("full", "resnet18", {"baseline_epochs": 0}, "weights must be its path, got 'imagenet'"),
     ],
 )
 def test_what_is_wrong_is_refused_by_name(name, model, overrides, message):

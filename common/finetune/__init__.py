@@ -1,6 +1,6 @@
 """Training, evaluation, dense baselines."""
 
-from .baselines import SAVED_MODELS, Baseline, baseline, train_baseline
+from .baselines import SAVED_MODELS, Baseline, baseline, given_baseline, train_baseline
 from .evaluation import check_head, evaluate, predict_logits, teacher_logits
 from .features import FeatureMaps
 from .precision import autocast
@@ -23,6 +23,7 @@ __all__ = [
     "check_head",
     "distillation",
     "evaluate",
+    "given_baseline",
     "make_optimizer",
     "predict_logits",
     "recipe",

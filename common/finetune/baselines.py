@@ -2,7 +2,7 @@
 
 A checkpoint belongs to what it was made from: data, split, settings and starting weights have a fingerprint, which
 stands in its header. It is used where the fingerprint is the one that is asked for; otherwise another one is trained
-and kept beside it, under a name of its own.
+and kept beside it, under a name of its own. A network that somebody has trained already can be taken as it is.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ from torch import nn
 
 from ..data import Dataset
 from ..files import write_text
-from ..models import CheckpointError, build_model, canonical_name, load_checkpoint, save_checkpoint
+from ..models import (
+    CheckpointError,
+    build_model,
+    canonical_name,
+    check_image_size,
+    load_checkpoint,
+    save_checkpoint,
+)
 from ..provenance import provenance
 from ..reports.method_plots import training_curve
 from ..reports.plots import save
@@ -58,7 +65,7 @@ class _Wanted:
 
     architecture: str
     dataset: Dataset
-    settings: TrainSettings
+    settings: TrainSettings | None  # None: taken as it is
     weights: str
     folder: Path
 
@@ -78,7 +85,7 @@ class _Wanted:
             "image_size": data.image_size,
             "mean": list(data.mean),
             "std": list(data.std),
-            "settings": self.settings.recorded(),
+            "settings": None if self.settings is None else self.settings.recorded(),
             "weights": weights,
         }
 
@@ -172,6 +179,26 @@ def train_baseline(
     with _alone(plain):
         taken = plain.exists() and _loaded(wanted, plain) is None
         return _trained(wanted, own if taken else plain, fresh=fresh, progress=progress)
+
+
+def given_baseline(model_name: str, dataset: Dataset, weights: str) -> Baseline:
+    """A trained network as its checkpoint has it: evaluated on validation and test, not trained, and nothing written.
+
+    Raises:
+        ValueError: no such file, or one of another network or of other classes; images too small for it.
+    """
+    architecture, path = canonical_name(model_name), Path(weights)
+    check_image_size(architecture, dataset.image_size)
+    model, metadata = load_checkpoint(
+        path, architecture=architecture, num_classes=dataset.num_classes, device=dataset.device
+    )
+    if metadata["classes"] and list(metadata["classes"]) != list(dataset.classes):
+        raise CheckpointError(f"{path} was trained on other classes than {dataset.name} has: give epochs to train it")
+    model = model.to(memory_format=torch.channels_last)  # as training leaves it
+    validation, test = (evaluate(model, split).accuracy for split in (dataset.val, dataset.test))
+    print(f"Took {architecture} from {path} as it is.")
+    fingerprint = _Wanted(architecture, dataset, None, weights, path.parent).fingerprint
+    return Baseline(model, architecture, path, validation, test, trained_now=False, fingerprint=fingerprint)
 
 
 def _wanted(model_name: str, dataset: Dataset, settings: TrainSettings | None, weights: str, folder: Path) -> _Wanted:

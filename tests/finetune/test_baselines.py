@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from common.data import load
-from common.finetune import TrainSettings, baseline, evaluate, train_baseline
+from common.finetune import TrainSettings, baseline, evaluate, given_baseline, train_baseline
 from common.finetune.baselines import checkpoint_path
 from common.models import load_checkpoint, save_checkpoint
 
@@ -135,3 +135,37 @@ def test_the_command_does_not_overwrite_another_baseline(tmp_path, digits, first
     assert other.checkpoint != first.checkpoint
     assert first.checkpoint == checkpoint_path(MODEL, "digits", 32, tmp_path)
     assert not made(tmp_path, digits).trained_now
+
+
+def test_a_trained_network_is_taken_as_it_is(tmp_path, digits, first):
+    before = sorted(tmp_path.rglob("*"))
+    taken = given_baseline(MODEL, digits, str(first.checkpoint))
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (taken.checkpoint, taken.trained_now) == (first.checkpoint, False)
+    assert taken.test_accuracy == first.test_accuracy
+    assert taken.val_accuracy == evaluate(first.model, digits.val).accuracy
+    for own, other in zip(taken.model.state_dict().values(), first.model.state_dict().values(), strict=True):
+        assert torch.equal(own, other)
+    assert taken.fingerprint != first.fingerprint
+
+
+def test_it_is_known_by_its_weights(tmp_path, digits, first):
+    path = tmp_path / "given.pth"
+    torch.save(first.model.state_dict(), path)
+    one = given_baseline(MODEL, digits, str(path))
+    assert given_baseline(MODEL, digits, str(path)).fingerprint == one.fingerprint
+    state = first.model.state_dict()
+    next(iter(state.values())).mul_(2)
+    torch.save(state, path)
+    assert given_baseline(MODEL, digits, str(path)).fingerprint != one.fingerprint
+
+
+def test_what_cannot_be_taken_says_why(tmp_path, digits, first):
+    other = tmp_path / "other.safetensors"
+    save_checkpoint(first.model, other, architecture=MODEL, classes=list("abcdefghij"))
+    with pytest.raises(ValueError, match="other classes than digits has: give epochs"):
+        given_baseline(MODEL, digits, str(other))
+    with pytest.raises(ValueError, match="no checkpoint at"):
+        given_baseline(MODEL, digits, str(tmp_path / "none.safetensors"))
+    with pytest.raises(ValueError, match="resnet18 was asked for"):
+        given_baseline("resnet18", digits, str(first.checkpoint))

@@ -19,7 +19,7 @@ from common.search.ray_executor import RaySettings
 ray = pytest.importorskip("ray")
 from common.search.ray_executor import KEEPS_MEMORY, RayExecutor, dealt  # noqa: E402
 
-pytestmark = pytest.mark.apart
+pytestmark = [pytest.mark.apart, pytest.mark.xdist_group("ray")]
 
 SETTINGS = SearchSettings(budgets=(0.5, 0.3), candidates=8, generation=4, seed=3)
 

@@ -19,7 +19,7 @@ from common.search.executor import LocalExecutor
 from common.search.ray_executor import TrainingWorker
 
 pytest.importorskip("ray")
-pytestmark = pytest.mark.apart
+pytestmark = [pytest.mark.apart, pytest.mark.xdist_group("ray")]
 
 
 class Accuracy:
