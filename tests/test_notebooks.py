@@ -59,8 +59,10 @@ def test_notebooks_differ_in_their_parameters_and_words_only():
 def test_every_knob_of_the_parameters_cell_is_used(path):
     sources = [cell.source for cell in code_cells(path)]
     last = next(i for i, c in enumerate(code_cells(path)) if "parameters" in c.metadata.get("tags", []))
-    knobs = re.findall(r"^([A-Z_]+) =", "\n".join(sources[last - 1 : last + 1]), re.MULTILINE)
+    knobs = re.findall(r"^([A-Z_]+) =", sources[last], re.MULTILINE)
     assert len(knobs) > 20
+    assert knobs == re.findall(r"^([A-Z_]+) =", "\n".join(sources), re.MULTILINE)
+    assert knobs == list(papermill.inspect_notebook(path))  # what `papermill --help-notebook` lists
     for name in knobs:
         assert re.search(rf"\b{name}\b", "\n".join(sources[last + 1 :])), name
 
