@@ -165,6 +165,7 @@ def measure_case(network: Network, case: Case, rounds: int, device: torch.device
         "variants": {name: asdict(summarise(values, case.batch)) for name, values in samples.items()},
         "notes": notes,
         "memory_format": {name: model.memory_format for name, model in deployed.items()},
+        "parts": {name: model.part for name, model in deployed.items()},
         "predicted": deployed["compressed"].predicted_seconds,
         "plans": deployed["compressed"].plans,
         "layers": measure_layers(deployed["dense"], deployed["compressed"], case, example, rounds),

@@ -30,7 +30,7 @@ def write_report(data: Mapping[str, Any], folder: Path) -> str:
 
 def variant_rows(data: Mapping[str, Any]) -> list[Row]:
     """A header, and one row for each variant of each network in each case."""
-    rows = [["network", "runtime", "variant", "params", "FLOPs", "ms per batch", "10 % to 90 %", "speed-up"]]
+    rows = [["network", "runtime", "variant", "params", "FLOPs", "parts", "ms per batch", "10 % to 90 %", "speed-up"]]
     for network, entry in data["networks"].items():
         dense_size = entry["sizes"]["dense"]
         for case, measured in entry["cases"].items():
@@ -44,6 +44,7 @@ def variant_rows(data: Mapping[str, Any]) -> list[Row]:
                         variant,
                         f"{100 * size['params'] / dense_size['params']:.1f} %",
                         f"{100 * size['flops'] / dense_size['flops']:.1f} %",
+                        str(measured.get("parts", {}).get(variant) or "whole"),
                         f"{1e3 * latency['median']:.2f}",
                         f"{1e3 * latency['p10']:.2f} to {1e3 * latency['p90']:.2f}",
                         f"{dense / latency['median']:.2f}x",
@@ -63,6 +64,8 @@ def notes(data: Mapping[str, Any]) -> list[str]:
         f"revision {origin['git_revision']}.",
         f"{settings['image_size']} px, median of {settings['rounds']} interleaved rounds; every variant deployed "
         "alike: batch norm folded, faster memory format, same runtime. Speed-up is dense time / time, in the same run.",
+        "parts: a batch goes through whole, on all threads, or in parts of so many images with a thread each, whichever"
+        " was measured to be faster.",
         "params and FLOPs (multiply-accumulates of convolutions and linear layers for one image) in % of dense. "
         "compressed is ours, with execution plans chosen by measurement.",
     ]

@@ -1,5 +1,7 @@
 """Make a network fast where it will run: fold, choose each layer's execution plan by measurement, compile, export.
 
+In onnxruntime and OpenVINO a batch goes through whole or in parts (`common.deploy.parts`), by measurement as well.
+
 A dense network goes through the same function as a compressed one, so that a comparison of the two is one of networks
 and not of how much care each was given.
 """
@@ -23,8 +25,9 @@ from ..inputs import Inputs, length, like_model, run
 from ..modules import copy_with, evaluating, laid_out, unwrapped
 from .fold import fold_batch_norm
 from .onnx_export import export_onnx, onnx_session
+from .parts import best_parts
 from .plans import SAME_SPEED, LayerChoice, Measure, choose_plans, plain_layer, timer
-from .runtimes import Run, Target
+from .runtimes import Run, Session, Target
 
 __all__ = ["Deployed", "deploy", "export_onnx", "onnx_session"]
 
@@ -49,6 +52,7 @@ class Deployed:
         layers: name of each factorised layer -> the choice made for it.
         folded: name of a layer -> the batch norm folded into it.
         batch_size, runtime, device, threads, memory_format: what the times belong to.
+        part: samples of the parts that `run` deals to its threads, one thread each; None: a batch goes through whole.
         reference_seconds: median PER BATCH with every layer in the plan that it came in, run as the plans were
             measured (never compiled); None unless plans were measured.
         measured_seconds: median PER BATCH of `run`, interleaved with the reference.
@@ -65,6 +69,7 @@ class Deployed:
     memory_format: str
     reference_seconds: float | None
     measured_seconds: float
+    part: int | None = None
 
     def __call__(self, images: Inputs) -> Any:
         return self.run(images)
@@ -91,7 +96,8 @@ class Deployed:
     def report(self) -> str:
         """Every layer with its plans' costs and what was chosen, and the totals, as text."""
         lines = [
-            f"{self.runtime} on {self.device}, {self.threads} threads, batch {self.batch_size}, {self.memory_format}; "
+            f"{self.runtime} on {self.device}, {self.threads} threads, batch {self.batch_size}"
+            f"{'' if self.part is None else f' in parts of {self.part}, a thread each'}, {self.memory_format}; "
             f"batch norms folded: {len(self.folded)}"
         ]
         if self.layers:
@@ -180,9 +186,13 @@ def deploy(
     if plans == "measure" and not measure:
         alternatives += _whole(alternatives[0])
     choices, final, call = _fastest(folded, alternatives, target, example, rounds, channels_last)
+    lowered = bfloat16 or floating == torch.bfloat16
+    part = None
+    if isinstance(call, Session):
+        rounding = None if int8 is None and not lowered else WRONG_IN_BFLOAT16
+        part, call = best_parts(call.call, call.alone, example, target.threads, rounds, rounding)
 
     runs = {"deployed": call}
-    lowered = bfloat16 or floating == torch.bfloat16
     most = WRONG_IN_INT8 if int8 is not None else WRONG_IN_BFLOAT16 if lowered else WRONG_FROM
     _check_outputs(expected, runs["deployed"](example), most)
     if plans == "measure" and choices and int8 is None:
@@ -201,6 +211,7 @@ def deploy(
         memory_format=format_name,
         reference_seconds=seconds.get("reference"),
         measured_seconds=seconds["deployed"],
+        part=part,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,22 @@ Run = Callable[[Inputs], Any]
 
 LAYER_RANGES = 2
 """Samples that a layer timed alone in int8 takes its ranges from: its speed does not depend on them."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """A graph in onnxruntime or OpenVINO; calling it runs a batch on all threads.
+
+    Attributes:
+        call: what runs it.
+        alone: makes what runs a batch on one thread, and may be called from several threads at once.
+    """
+
+    call: Run
+    alone: Callable[[], Run]
+
+    def __call__(self, inputs: Inputs) -> Any:
+        return self.call(inputs)
 
 
 @dataclass(frozen=True)
@@ -85,14 +102,16 @@ class Target:
             return self._torch_run(model, example)
         return self._session(onnx_bytes(model, example), self.int8, output_structure(model, example))
 
-    def _session(self, graph: bytes, ranges: Inputs | None, structure: TreeSpec | None = None) -> Run:
+    def _session(self, graph: bytes, ranges: Inputs | None, structure: TreeSpec | None = None) -> Session:
         """A graph in onnxruntime or OpenVINO, in int8 where there are images to take ranges from."""
         if self.runtime == "onnxruntime":
             graph = graph if ranges is None else quantised_onnx(graph, ranges)
-            return onnx_session(graph, self.threads, structure=structure)
+            on_threads = partial(onnx_session, graph, structure=structure)
+            return Session(on_threads(self.threads), partial(on_threads, 1))
         read = openvino_model(graph)
         read = read if ranges is None else quantised_openvino(read, ranges)
-        return openvino_session(read, self.threads, structure=structure, bfloat16=self.bfloat16)
+        session = partial(openvino_session, read, self.threads, structure=structure, bfloat16=self.bfloat16)
+        return Session(session(), partial(session, streams=self.threads))
 
     def run(self, model: nn.Module, example: Inputs) -> Run:
         """A whole network, run as it is deployed."""

@@ -134,6 +134,7 @@ def test_tables_and_figures_from_data():
                     "torch, float32, batch 4": {
                         "load_average": 0.1,
                         "variants": {"dense": latency, "compressed": {**latency, "median": 5e-4}},
+                        "parts": {"dense": None, "compressed": 2},
                         "layers": {"conv1": measured(1e-3, 2e-3)},
                     }
                 },
@@ -146,10 +147,12 @@ def test_tables_and_figures_from_data():
         "compressed",
         "5.0 %",
         "20.0 %",
+        "2",
         "0.50",
         "1.00 to 3.00",
         "4.00x",
     ]
+    assert variant_rows(data)[1][5] == "whole"
     assert layer_rows(data)[1][-4:] == ["1.000", "2.000", "0.50x", "yes"]
     assert "load average before each case at most 0.1" in notes(data)[0]
     assert list(figures(data)) == ["resnet18_batch4"]

@@ -1,0 +1,80 @@
+"""A batch in parts: each runs through the whole network on one thread, as many at a time as there are threads.
+
+Where all threads work on one batch, every layer reads feature maps that other cores have made, and waits for the last
+of them. A part stays on its core, and a small one in that core's cache. Networks of few FLOPs, which wait for memory
+and for one another, gain most by it; dense ones, whose classifiers' weights are read anew for every part, may lose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from ..compress.proof import output_tensors, outputs_differ
+from ..cost import measure_latency
+from ..inputs import Inputs, joined, length, split
+from .plans import SAME_SPEED
+
+Run = Callable[[Inputs], Any]
+
+SMALL_PART = 2
+"""Samples of a part that is to stay in a core's cache, and still does more than one row of each matrix product."""
+
+ROUNDS = 5
+"""Timed rounds, at most: a few percent decide, and a dense network's batch may take seconds."""
+
+
+def in_parts(call: Run, size: int, threads: int) -> Run:
+    """A function of a batch that deals parts of `size` samples to threads, and joins what they put out, in order.
+
+    call: of a part; may be called from several threads at once, and has the batch as the first axis of all it puts out.
+    """
+    pool = ThreadPoolExecutor(threads)
+
+    def dealt(inputs: Inputs) -> Any:
+        return joined(pool.map(call, split(inputs, size)))
+
+    return dealt
+
+
+def part_sizes(batch: int, threads: int) -> list[int]:
+    """Sizes of parts that are worth trying: a part for each thread, and small ones."""
+    share = -(-batch // threads)
+    return [size for size in dict.fromkeys((share, min(share, SMALL_PART))) if size < batch]
+
+
+def best_parts(
+    whole: Run, make_alone: Callable[[], Run], example: Inputs, threads: int, rounds: int, most: float | None
+) -> tuple[int | None, Run]:
+    """The fastest size of parts, None for the whole batch, and what runs it; timed interleaved.
+
+    The whole batch counts as fastest where parts are no more than SAME_SPEED ahead of it. A network that looks at the
+    samples of a batch together puts out something else in parts, and stays whole.
+
+    Args:
+        whole: runs a batch on all threads.
+        make_alone: makes the same network on one thread, see `in_parts`.
+        most: by how much outputs may differ and be the same, see `outputs_differ`.
+    """
+    sizes = part_sizes(length(example), threads)
+    if not sizes:
+        return None, whole
+    alone, expected = make_alone(), whole(example)
+    parted = {size: in_parts(alone, size, threads) for size in sizes}
+    runs: dict[int | None, Run] = {None: whole}
+    runs |= {size: run for size, run in parted.items() if _same(expected, run, example, most)}
+    if len(runs) == 1:
+        return None, whole
+    seconds: Mapping[int | None, float] = measure_latency(runs, example, rounds=min(rounds, ROUNDS), warmup=1)
+    limit = (1 + SAME_SPEED) * min(seconds.values())
+    best = next(size for size, value in seconds.items() if value <= limit)
+    return best, runs[best]
+
+
+def _same(expected: Any, run: Run, example: Inputs, most: float) -> bool:
+    try:
+        found = run(example)
+    except (ValueError, RuntimeError):  # a graph of one batch size, or outputs that cannot be joined
+        return False
+    return outputs_differ(output_tensors(expected), output_tensors(found), most=most) is None

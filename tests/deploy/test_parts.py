@@ -1,0 +1,155 @@
+"""A batch in parts puts out what the whole does, many parts at a time, and only where that is the same and faster."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from common.deploy import deploy
+from common.deploy import parts as module
+from common.deploy.parts import SMALL_PART, best_parts, in_parts, part_sizes
+from common.inputs import length
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
+
+
+class Alike(nn.Module):
+    """How alike the samples of a batch are: none of its rows is of one sample alone."""
+
+    def forward(self, x):
+        flat = x.flatten(1)
+        return flat @ flat.T
+
+
+class Centred(nn.Module):
+    """As many rows as samples, but each of all of them."""
+
+    def forward(self, x):
+        flat = x.flatten(1)
+        return flat - flat.mean(0)
+
+
+def preferring(*sizes):
+    """In place of the timing: what is named is the faster the earlier it is named, all else is slow."""
+
+    def measure(runs, _example, **_options):
+        return {size: 1.0 + sizes.index(size) if size in sizes else 99.0 for size in runs}
+
+    return measure
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 20])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: 2 * x,
+        lambda x: (x, x.sum(1)),
+        lambda x: {"a": x, "b": [x.flatten(1)]},
+    ],
+    ids=["tensor", "tuple", "nested"],
+)
+def test_parts_are_joined_in_their_order(make, size):
+    x = torch.arange(7 * 6.0).reshape(7, 2, 3)
+    found, expected = in_parts(make, size, threads=3)(x), make(x)
+    assert type(found) is type(expected)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_several_inputs_are_cut_alike():
+    inputs = {"x": torch.randn(5, 2), "y": torch.randn(5, 3)}
+    seen = []
+
+    def call(part):
+        seen.append({name: len(tensor) for name, tensor in part.items()})
+        return torch.cat([part["x"], part["y"]], 1)
+
+    assert torch.equal(in_parts(call, 2, threads=1)(inputs), torch.cat([inputs["x"], inputs["y"]], 1))
+    assert seen == [{"x": 2, "y": 2}, {"x": 2, "y": 2}, {"x": 1, "y": 1}]
+
+
+def test_as_many_run_at_a_time_as_there_are_threads():
+    together = threading.Barrier(3, timeout=20)
+
+    def call(part):
+        together.wait()  # lets nobody go on before three are here
+        return part
+
+    x = torch.arange(6.0)
+    assert torch.equal(in_parts(call, 1, threads=3)(x), x)
+
+
+def test_an_error_in_a_part_is_the_callers():
+    def call(part):
+        raise ValueError("cannot run")
+
+    with pytest.raises(ValueError, match="cannot run"):
+        in_parts(call, 1, threads=2)(torch.zeros(4))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 16, 17, 64])
+@pytest.mark.parametrize("threads", [1, 2, 5, 64])
+def test_parts_that_are_tried_are_smaller_than_the_batch_and_few(batch, threads):
+    sizes = part_sizes(batch, threads)
+    assert all(1 <= size < batch for size in sizes)
+    assert len(set(sizes)) == len(sizes) <= 2
+    assert (batch == 1) == (sizes == []) or (threads, batch) == (1, SMALL_PART)
+    if threads > 1 and batch > 1:
+        assert -(-batch // sizes[0]) <= threads
+
+
+@pytest.mark.parametrize("size", [None, 2, 4])
+def test_the_fastest_is_taken_and_is_right_at_any_batch_size(monkeypatch, size):
+    monkeypatch.setattr(module, "measure_latency", preferring(size))
+    model, images = network(), torch.randn(8, 3, 6, 6)
+    done = deploy(model, images, runtime="onnxruntime", threads=2)
+    assert done.part == size
+    assert (f"in parts of {size}," in done.report()) == (size is not None)
+    for batch in (1, 2, 5, 8, 11):
+        given = torch.randn(batch, 3, 6, 6)
+        torch.testing.assert_close(done(given), model(given), rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_hardly_faster_is_left_whole(monkeypatch):
+    monkeypatch.setattr(module, "measure_latency", lambda runs, *_, **__: {s: 1.0 if s is None else 0.99 for s in runs})
+    assert best_parts(lambda x: x, lambda: lambda x: x, torch.zeros(8, 2), 2, 1, None)[0] is None
+
+
+@pytest.mark.parametrize("mixing", [Alike, Centred])
+def test_a_network_that_looks_at_the_samples_together_stays_whole(monkeypatch, mixing):
+    monkeypatch.setattr(module, "measure_latency", preferring(2, 4))
+    model, images = nn.Sequential(network(), mixing()), torch.randn(8, 3, 6, 6)
+    done = deploy(model, images, runtime="onnxruntime", threads=2)
+    assert done.part is None
+    torch.testing.assert_close(done(images), model(images), rtol=1e-3, atol=1e-3)
+
+
+def test_one_image_makes_no_parts(monkeypatch):
+    monkeypatch.setattr(module, "measure_latency", preferring())
+    assert deploy(network(), torch.randn(1, 3, 6, 6), runtime="onnxruntime", threads=2).part is None
+
+
+def test_torch_takes_the_batch_as_it_is(monkeypatch):
+    monkeypatch.setattr(module, "measure_latency", preferring(2, 4))
+    assert deploy(network(), torch.randn(8, 3, 6, 6), runtime="torch").part is None
+
+
+@pytest.mark.apart
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_openvino_runs_parts_at_a_time(monkeypatch, precision):
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(module, "measure_latency", preferring(2))
+    model, images = network(), torch.randn(16, 3, 6, 6)
+    options = {"int8": images} if precision == "int8" else {}
+    if options:
+        pytest.importorskip("nncf")
+    done = deploy(model, images, runtime="openvino", threads=2, **options)
+    assert done.part == 2
+    expected = model(images)
+    for _ in range(20):  # two threads in one request would mix their maps up
+        error = (done(images) - expected).abs().max() / expected.abs().max()
+        assert error < (0.1 if options else 1e-3)
+    assert length(done(images[:5])) == 5
