@@ -21,9 +21,6 @@ Run = Callable[[Inputs], Any]
 SMALL_PART = 2
 """Samples of a part that is to stay in a core's cache, and still does more than one row of each matrix product."""
 
-ROUNDS = 5
-"""Timed rounds, at most: a few percent decide, and a dense network's batch may take seconds."""
-
 
 def in_parts(call: Run, size: int, threads: int) -> Run:
     """A function of a batch that deals parts of `size` samples to threads, and joins what they put out, in order.
@@ -66,7 +63,7 @@ def best_parts(
     runs |= {size: run for size, run in parted.items() if _same(expected, run, example, most)}
     if len(runs) == 1:
         return None, whole
-    seconds: Mapping[int | None, float] = measure_latency(runs, example, rounds=min(rounds, ROUNDS), warmup=1)
+    seconds: Mapping[int | None, float] = measure_latency(runs, example, rounds=rounds, warmup=1)
     limit = (1 + SAME_SPEED) * min(seconds.values())
     best = next(size for size, value in seconds.items() if value <= limit)
     return best, runs[best]
