@@ -36,9 +36,9 @@ def in_parts(call: Run, size: int, threads: int) -> Run:
 
 
 def part_sizes(batch: int, threads: int) -> list[int]:
-    """Sizes of parts that are worth trying: a part for each thread, and small ones."""
+    """Sizes of parts that are worth trying: small ones, and a part for each thread."""
     share = -(-batch // threads)
-    return [size for size in dict.fromkeys((share, min(share, SMALL_PART))) if size < batch]
+    return [size for size in dict.fromkeys((min(share, SMALL_PART), share)) if size < batch]
 
 
 def best_parts(
@@ -46,8 +46,9 @@ def best_parts(
 ) -> tuple[int | None, Run]:
     """The fastest size of parts, None for the whole batch, and what runs it; timed interleaved.
 
-    The whole batch counts as fastest where parts are no more than SAME_SPEED ahead of it. A network that looks at the
-    samples of a batch together puts out something else in parts, and stays whole.
+    Parts count as fastest where the whole batch is no more than SAME_SPEED ahead: on processors of several dies what
+    works on it whole depends on where the system puts its threads (`benchmarks/parts.py`), and parts hardly do. A
+    network that looks at the samples of a batch together puts out something else in parts, and stays whole.
 
     Args:
         whole: runs a batch on all threads.
@@ -59,10 +60,10 @@ def best_parts(
         return None, whole
     alone, expected = make_alone(), whole(example)
     parted = {size: in_parts(alone, size, threads) for size in sizes}
-    runs: dict[int | None, Run] = {None: whole}
-    runs |= {size: run for size, run in parted.items() if _same(expected, run, example, most)}
-    if len(runs) == 1:
+    same = {size: run for size, run in parted.items() if _same(expected, run, example, most)}
+    if not same:
         return None, whole
+    runs: dict[int | None, Run] = same | {None: whole}
     seconds: Mapping[int | None, float] = measure_latency(runs, example, rounds=rounds, warmup=1)
     limit = (1 + SAME_SPEED) * min(seconds.values())
     best = next(size for size, value in seconds.items() if value <= limit)

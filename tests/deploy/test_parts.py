@@ -98,7 +98,7 @@ def test_parts_that_are_tried_are_smaller_than_the_batch_and_few(batch, threads)
     assert len(set(sizes)) == len(sizes) <= 2
     assert (batch == 1) == (sizes == []) or (threads, batch) == (1, SMALL_PART)
     if threads > 1 and batch > 1:
-        assert -(-batch // sizes[0]) <= threads
+        assert -(-batch // sizes[-1]) <= threads
 
 
 @pytest.mark.parametrize("size", [None, 2, 4])
@@ -113,9 +113,10 @@ def test_the_fastest_is_taken_and_is_right_at_any_batch_size(monkeypatch, size):
         torch.testing.assert_close(done(given), model(given), rtol=1e-3, atol=1e-4)
 
 
-def test_what_is_hardly_faster_is_left_whole(monkeypatch):
-    monkeypatch.setattr(module, "measure_latency", lambda runs, *_, **__: {s: 1.0 if s is None else 0.99 for s in runs})
-    assert best_parts(lambda x: x, lambda: lambda x: x, torch.zeros(8, 2), 2, 1, None)[0] is None
+@pytest.mark.parametrize(("seconds", "size"), [({2: 1.01, 4: 2, None: 1}, 2), ({2: 1.1, 4: 1.1, None: 1}, None)])
+def test_parts_are_taken_where_the_whole_batch_is_hardly_faster(monkeypatch, seconds, size):
+    monkeypatch.setattr(module, "measure_latency", lambda runs, *_, **__: {one: seconds[one] for one in runs})
+    assert best_parts(lambda x: x, lambda: lambda x: x, torch.zeros(8, 2), 2, 1, None)[0] == size
 
 
 @pytest.mark.parametrize("mixing", [Alike, Centred])
