@@ -79,6 +79,7 @@ def sections(results: Path) -> Mapping[str, Callable[[], str]]:
         "own-networks": sorted((results / "own-networks").glob("*.md")),
         "runtimes": sorted(results.glob("runtimes-*/runtimes.md")),
         "roofline": sorted(results.glob("roofline-*/roofline.md")),
+        "parts": sorted(results.glob("parts-*/parts.md")),
         "latency-search": sorted(results.glob("latency-search-*/latency-search.md")),
     }
     largest = documents.largest(runs)
