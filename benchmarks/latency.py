@@ -75,8 +75,21 @@ class Case:
         return RUNTIMES[self.runtime].get("runtime", "torch") == "torch"
 
 
+def add_network_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a benchmark on one network, which `Network.of` takes."""
+    parser.add_argument("--model", default="resnet18", help="network by name (default: resnet18)")
+    parser.add_argument("--config", help="as in latency.py: uniform:FRACTION, ranks, LOG.json:TRIAL, a file")
+    parser.add_argument("--image-size", type=int, default=224, metavar="PIXELS")
+    parser.add_argument("--num-classes", type=int, default=10, help="outputs of the network (default 10)")
+
+
 class Network:
     """A dense network and its compressed copy, on the CPU."""
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> Network:
+        """As `add_network_options` says; random weights are of seed 0."""
+        return cls(options.model, options.config, options.image_size, options.num_classes, seed=0)
 
     def __init__(self, name: str, config: str | None, image_size: int, num_classes: int, seed: int) -> None:
         self.name, self.image_size = canonical_name(name), image_size

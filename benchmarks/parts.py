@@ -26,7 +26,7 @@ if __package__ in (None, ""):
     # Run as a script: the repository root, not this folder, is where `common` and `benchmarks` are found.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.latency import Network
+from benchmarks.latency import Network, add_network_options
 from benchmarks.rows import command
 from common.cost import latency_samples
 from common.deploy import Target, deploy
@@ -40,7 +40,7 @@ WHOLE = "whole"
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds per batch of every round, of both networks in every way; written to parts.json."""
-    given = Network(options.model, options.config, options.image_size, options.num_classes, seed=0)
+    given = Network.of(options)
     example = torch.randn(options.batch, *given.input_shape, generator=torch.Generator().manual_seed(0))
     threads, runs = torch.get_num_threads(), {}
     origin = provenance("cpu", 0)
@@ -110,10 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet18", help="network by name (default: resnet18)")
-    parser.add_argument("--config", help="as in latency.py: uniform:FRACTION, ranks, LOG.json:TRIAL, a file")
-    parser.add_argument("--image-size", type=int, default=224, metavar="PIXELS")
-    parser.add_argument("--num-classes", type=int, default=10, help="outputs of the network (default 10)")
+    add_network_options(parser)
     parser.add_argument("--batch", type=int, default=16, metavar="IMAGES")
     parser.add_argument("--runtime", choices=RUNTIMES, default="onnxruntime")
     parser.add_argument("--rounds", type=int, default=200)

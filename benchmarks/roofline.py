@@ -28,7 +28,7 @@ if __package__ in (None, ""):
     # Run as a script: the repository root, not this folder, is where `common` is found.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.latency import Network
+from benchmarks.latency import Network, add_network_options
 from common.cost import measure_latency
 from common.deploy import deploy
 from common.deploy.profile import PROFILED, Roofline, profile, roofline
@@ -143,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0, or 2 for bad input."""
     options = _parser().parse_args(arguments)
     try:
-        given = Network(options.model, options.config, options.image_size, options.num_classes, seed=0)
+        given = Network.of(options)
         networks = {"dense": given.dense, "compressed": given.compressed}
         limits = {runtime: roofline(runtime, rounds=options.rounds) for runtime in options.runtimes}
         torch.manual_seed(0)
@@ -177,10 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet18", help="network by name (default: resnet18)")
-    parser.add_argument("--config", help="as in latency.py: uniform:FRACTION, ranks, LOG.json:TRIAL, a file")
-    parser.add_argument("--image-size", type=int, default=224, metavar="PIXELS")
-    parser.add_argument("--num-classes", type=int, default=10, help="outputs of the network (default 10)")
+    add_network_options(parser)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--runtimes", nargs="+", choices=PROFILED, default=list(PROFILED))
     parser.add_argument("--rounds", type=int, default=15)

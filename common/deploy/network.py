@@ -26,7 +26,7 @@ from ..modules import copy_with, evaluating, laid_out, unwrapped
 from .fold import fold_batch_norm
 from .onnx_export import export_onnx, onnx_session
 from .parts import best_parts
-from .plans import SAME_SPEED, LayerChoice, Measure, choose_plans, plain_layer, timer
+from .plans import LayerChoice, Measure, choose_plans, first_of_fastest, plain_layer, timer
 from .runtimes import Run, Session, Target
 
 __all__ = ["Deployed", "deploy", "export_onnx", "onnx_session"]
@@ -190,7 +190,7 @@ def deploy(
     part = None
     if isinstance(call, Session):
         rounding = None if int8 is None and not lowered else WRONG_IN_BFLOAT16
-        part, call = best_parts(call.call, call.alone, example, target.threads, rounds, rounding)
+        part, call = best_parts(call, example, target.threads, rounds, rounding)
 
     runs = {"deployed": call}
     most = WRONG_IN_INT8 if int8 is not None else WRONG_IN_BFLOAT16 if lowered else WRONG_FROM
@@ -263,7 +263,7 @@ def _fastest(
 ) -> tuple[dict[str, LayerChoice], nn.Module, Run]:
     """Of a network in several choices of plans the fastest, timed whole: the choices, the network, what runs it.
 
-    An earlier one counts as fastest where the fastest is no more than SAME_SPEED ahead of it.
+    An earlier one counts as fastest where it is no slower to speak of, see `first_of_fastest`.
     """
     distinct: dict[str, int] = {}
     for place, found in enumerate(alternatives):
@@ -273,8 +273,7 @@ def _fastest(
         return alternatives[0], networks[0], target.run(networks[0], example)
     runs = {place: target.uncompiled_run(network, example) for place, network in networks.items()}
     seconds = measure_latency(runs, example, rounds=rounds, threads=target.threads)
-    limit = (1 + SAME_SPEED) * min(seconds.values())
-    best = next(place for place, value in seconds.items() if value <= limit)
+    best = first_of_fastest(seconds)
     call = target.run(networks[best], example) if target.compile else runs[best]
     return alternatives[best], networks[best], call
 

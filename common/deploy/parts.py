@@ -7,16 +7,14 @@ and for one another, gain most by it; dense ones, whose classifiers' weights are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ..compress.proof import output_tensors, outputs_differ
 from ..cost import measure_latency
 from ..inputs import Inputs, joined, length, split
-from .plans import SAME_SPEED
-
-Run = Callable[[Inputs], Any]
+from .plans import first_of_fastest
+from .runtimes import Run, Session
 
 SMALL_PART = 2
 """Samples of a part that is to stay in a core's cache, and still does more than one row of each matrix product."""
@@ -42,35 +40,31 @@ def part_sizes(batch: int, threads: int) -> list[int]:
 
 
 def best_parts(
-    whole: Run, make_alone: Callable[[], Run], example: Inputs, threads: int, rounds: int, most: float | None
+    session: Session, example: Inputs, threads: int, rounds: int, most: float | None
 ) -> tuple[int | None, Run]:
     """The fastest size of parts, None for the whole batch, and what runs it; timed interleaved.
 
-    Parts count as fastest where the whole batch is no more than SAME_SPEED ahead: on processors of several dies what
+    Parts are preferred, see `first_of_fastest`: on processors of several dies what
     works on it whole depends on where the system puts its threads (`benchmarks/parts.py`), and parts hardly do. A
     network that looks at the samples of a batch together puts out something else in parts, and stays whole.
 
     Args:
-        whole: runs a batch on all threads.
-        make_alone: makes the same network on one thread, see `in_parts`.
         most: by how much outputs may differ and be the same, see `outputs_differ`.
     """
-    sizes = part_sizes(length(example), threads)
+    whole, sizes = session.call, part_sizes(length(example), threads)
     if not sizes:
         return None, whole
-    alone, expected = make_alone(), whole(example)
+    alone, expected = session.alone(), whole(example)
     parted = {size: in_parts(alone, size, threads) for size in sizes}
     same = {size: run for size, run in parted.items() if _same(expected, run, example, most)}
     if not same:
         return None, whole
     runs: dict[int | None, Run] = same | {None: whole}
-    seconds: Mapping[int | None, float] = measure_latency(runs, example, rounds=rounds, warmup=1)
-    limit = (1 + SAME_SPEED) * min(seconds.values())
-    best = next(size for size, value in seconds.items() if value <= limit)
+    best = first_of_fastest(measure_latency(runs, example, rounds=rounds, warmup=1))
     return best, runs[best]
 
 
-def _same(expected: Any, run: Run, example: Inputs, most: float) -> bool:
+def _same(expected: Any, run: Run, example: Inputs, most: float | None) -> bool:
     try:
         found = run(example)
     except (ValueError, RuntimeError):  # a graph of one batch size, or outputs that cannot be joined

@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -151,6 +152,12 @@ def fastest(timings: Mapping[str, PlanTiming]) -> str:
         return timing.seconds - best.seconds <= max(noise, SAME_SPEED * best.seconds)
 
     return fewest_flops({plan: timing for plan, timing in timings.items() if as_fast(timing)})
+
+
+def first_of_fastest(seconds: Mapping[Any, float]) -> Any:
+    """Of ways in their order of preference the first that is no more than SAME_SPEED behind the fastest."""
+    limit = (1 + SAME_SPEED) * min(seconds.values())
+    return next(way for way, value in seconds.items() if value <= limit)
 
 
 def median_and_error(samples: Sequence[float]) -> tuple[float, float]:

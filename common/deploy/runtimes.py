@@ -96,8 +96,8 @@ class Target:
         ranges = None if self.int8 is None else first(inputs, LAYER_RANGES)
         return self._session(onnx_layer(layer, inputs.shape[1:]), ranges)
 
-    def uncompiled_run(self, model: nn.Module, example: Inputs) -> Run:
-        """A whole network, run as layers are timed."""
+    def uncompiled_run(self, model: nn.Module, example: Inputs) -> Run | Session:
+        """A whole network, run as layers are timed; outside torch a session."""
         if self.runtime == "torch":
             return self._torch_run(model, example)
         return self._session(onnx_bytes(model, example), self.int8, output_structure(model, example))

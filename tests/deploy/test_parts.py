@@ -9,6 +9,7 @@ from torch import nn
 from common.deploy import deploy
 from common.deploy import parts as module
 from common.deploy.parts import SMALL_PART, best_parts, in_parts, part_sizes
+from common.deploy.runtimes import Session
 from common.inputs import length
 
 
@@ -116,7 +117,8 @@ def test_the_fastest_is_taken_and_is_right_at_any_batch_size(monkeypatch, size):
 @pytest.mark.parametrize(("seconds", "size"), [({2: 1.01, 4: 2, None: 1}, 2), ({2: 1.1, 4: 1.1, None: 1}, None)])
 def test_parts_are_taken_where_the_whole_batch_is_hardly_faster(monkeypatch, seconds, size):
     monkeypatch.setattr(module, "measure_latency", lambda runs, *_, **__: {one: seconds[one] for one in runs})
-    assert best_parts(lambda x: x, lambda: lambda x: x, torch.zeros(8, 2), 2, 1, None)[0] == size
+    same = torch.clone
+    assert best_parts(Session(same, lambda: same), torch.zeros(8, 2), 2, 1, None)[0] == size
 
 
 @pytest.mark.parametrize("mixing", [Alike, Centred])
