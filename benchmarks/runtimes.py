@@ -5,7 +5,11 @@
 
 Both sides get every runtime: a speed-up is that of the same runtime and precision, and, in a column of its own, that
 over the fastest dense network in float32 of all runtimes. Test accuracy stands beside each, since quantisation costs
-some. Let nothing else run at the time.
+some. Where a side's weights are not at hand, random ones have the same speed, and no accuracy is shown of it:
+
+    python benchmarks/runtimes.py --model vgg16 --compressed results/mnist-224/vgg16-mnist-224-cpu-seed0.json:0.025-36
+
+Let nothing else run at the time.
 """
 
 from __future__ import annotations
@@ -29,13 +33,14 @@ if __package__ in (None, ""):
     # Run as a script: the repository root, not this folder, is where `common` is found.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.latency import Network
 from common.cost import count_flops, count_params, latency_samples, summarise
 from common.data import Dataset, load
 from common.deploy import Deployed, deploy
 from common.deployed_set import INT8_IMAGES, AsModule
 from common.files import write_text
 from common.finetune import evaluate
-from common.models import load_checkpoint, load_compressed
+from common.models import build_model, load_checkpoint, load_compressed
 from common.provenance import provenance
 
 SIDES = ("dense", "compressed")
@@ -73,8 +78,43 @@ WAYS = {
 }
 
 
-def measure(networks: Mapping[str, nn.Module], dataset: Dataset, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row per batch size, runtime and precision: seconds per batch and test accuracy of both sides."""
+@dataclass(frozen=True)
+class Pair:
+    """A dense network and its compressed copy; `trained`: the sides whose weights were given, others' are random."""
+
+    name: str
+    networks: Mapping[str, nn.Module]
+    trained: frozenset[str]
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> Pair:
+        """As the command line says.
+
+        Raises:
+            ValueError: files or ranks that do not fit, or a network that nothing names.
+            OSError: a file that cannot be read.
+        """
+        given = options.compressed
+        if given.endswith(".safetensors"):
+            compressed, header = load_compressed(given)
+            name, classes, trained = header["architecture"], header["num_classes"], {"compressed"}
+            dense = None
+        elif options.model is None:
+            raise ValueError("--model is needed: only a file of save_compressed says which network it holds")
+        else:
+            random = Network(options.model, given, options.image_size, 10, seed=0)
+            name, classes, trained = random.name, 10, set()
+            dense, compressed = random.dense, random.compressed
+        if options.dense is not None:
+            dense, _ = load_checkpoint(options.dense, architecture=name, num_classes=classes)
+            trained |= {"dense"}
+        elif dense is None:
+            dense = build_model(name, classes, image_size=options.image_size, seed=0).eval()
+        return cls(name, {"dense": dense, "compressed": compressed}, frozenset(trained))
+
+
+def measure(pair: Pair, dataset: Dataset, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row per batch size, runtime and precision: seconds per batch of both sides, test accuracy of trained ones."""
     images = dataset.train.sample(min(INT8_IMAGES, len(dataset.train)), 0)
     accuracies: dict[tuple[str, str], float] = {}
     rows = []
@@ -82,10 +122,10 @@ def measure(networks: Mapping[str, nn.Module], dataset: Dataset, options: argpar
         deployed = {
             (side, way): WAYS[way].deployed(network, images[:batch].clone(), images, options.rounds)
             for way in tqdm(options.ways, desc=f"deploying for batch {batch}", unit="runtime")
-            for side, network in networks.items()
+            for side, network in pair.networks.items()
         }
         for key, model in deployed.items():
-            if key not in accuracies:
+            if key[0] in pair.trained and key not in accuracies:
                 pieces = _on_batches(model, batch)
                 # In the precision that is deployed: autocast would make bfloat16 of torch's float32.
                 accuracies[key] = evaluate(pieces, dataset.test, limit=options.test_images, amp=False).accuracy
@@ -94,7 +134,7 @@ def measure(networks: Mapping[str, nn.Module], dataset: Dataset, options: argpar
         samples = latency_samples(runs, images[:batch].clone(), rounds=options.rounds)
         for way in options.ways:
             sides = {side: vars(summarise(samples[side, way], batch)) for side in SIDES}
-            scores = {side: accuracies[side, way] for side in SIDES}
+            scores = {side: accuracies.get((side, way)) for side in SIDES}
             rows.append({"batch": batch, "way": way, **sides, "accuracy": scores, "load_average": load_average})
     return rows
 
@@ -126,8 +166,7 @@ def table(content: Mapping[str, Any]) -> str:
                 f"{dense / ours:.2f}x",
                 "-" if best is None else f"{best / dense:.2f}x",
                 "-" if best is None else f"{best / ours:.2f}x",
-                f"{row['accuracy']['dense']:.4f}",
-                f"{row['accuracy']['compressed']:.4f}",
+                *("-" if row["accuracy"][side] is None else f"{row['accuracy'][side]:.4f}" for side in SIDES),
             ]
         )
     headers = ["batch", "runtime", "precision", "dense ms", "compressed ms", "speed-up"]
@@ -146,6 +185,9 @@ def table(content: Mapping[str, Any]) -> str:
         f"{content['rounds']} interleaved rounds, both sides folded and with plans chosen by measurement.",
         f"Load average before the timings at most {max(row['load_average'] for row in content['rows']):.1f}.",
     ]
+    random = [side for side in SIDES if content["rows"][0]["accuracy"][side] is None]
+    if random:
+        notes.append(f"Of random weights, so that no accuracy is shown: {' and '.join(random)}.")
     notes += _best_of_both(content["rows"])
     text = tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
     return text + "\n\n" + "\n".join(f"- {note}" for note in notes)
@@ -175,26 +217,22 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0, 2 for bad input."""
     options = _parser().parse_args(arguments)
     try:
-        compressed, header = load_compressed(options.compressed)
-        dense, _ = load_checkpoint(
-            options.dense, architecture=header["architecture"], num_classes=header["num_classes"]
-        )
+        pair = Pair.of(options)
         dataset = load(options.data, options.data_root, image_size=options.image_size)
-        networks = {"dense": dense, "compressed": compressed}
         shape = tuple(next(dataset.test.batches(1)).images.shape[1:])
         content = {
-            "network": header["architecture"],
+            "network": pair.name,
             "image_size": options.image_size,
             "test_images": min(options.test_images, len(dataset.test)),
             "rounds": options.rounds,
-            "sizes": {n: {"params": count_params(m), "flops": count_flops(m, shape)} for n, m in networks.items()},
-            "rows": measure(networks, dataset, options),
+            "sizes": {n: {"params": count_params(m), "flops": count_flops(m, shape)} for n, m in pair.networks.items()},
+            "rows": measure(pair, dataset, options),
             "provenance": provenance("cpu", 0),
         }
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    out = options.out or Path("results") / f"runtimes-{header['architecture']}"
+    out = options.out or Path("results") / f"runtimes-{pair.name}"
     ratios = [r["dense"]["median"] / r["compressed"]["median"] for r in content["rows"]]
     write_text(out / "runtimes.json", json.dumps(content, indent=1) + "\n")
     write_text(out / "runtimes.md", table(content) + "\n")
@@ -205,8 +243,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dense", required=True, type=Path, help="checkpoint of the dense network (.safetensors)")
-    parser.add_argument("--compressed", required=True, type=Path, help="file of save_compressed")
+    parser.add_argument("--dense", type=Path, help="checkpoint of the dense network (.safetensors); default: random")
+    parser.add_argument("--compressed", required=True, help="file of save_compressed, or as --config of latency.py")
+    parser.add_argument("--model", help="network by name, where no file says it")
     parser.add_argument("--data", default="mnist", help="data set, or folder:PATH (default: mnist)")
     parser.add_argument("--data-root", help="default: $HTD_DATA, else data")
     parser.add_argument("--image-size", type=int, default=224, metavar="PIXELS")

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,20 +22,16 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..compress.proof import output_tensors, outputs_differ
 from ..cost import latency_samples, measure_latency
 from ..inputs import Inputs, length, like_model, run
-from ..modules import copy_with, evaluating, laid_out, unwrapped
+from ..modules import evaluating, laid_out, unwrapped
+from .choose import Chooser
 from .fold import fold_batch_norm
 from .onnx_export import export_onnx, onnx_session
-from .parts import best_parts
-from .plans import LayerChoice, Measure, choose_plans, first_of_fastest, plain_layer, timer
-from .runtimes import Run, Session, Target
+from .plans import LayerChoice, Measure
+from .runtimes import Run, Target
 
 __all__ = ["Deployed", "deploy", "export_onnx", "onnx_session"]
 
 MEMORY_FORMATS = ("channels_last", "contiguous")
-
-WHOLE = ("tucker", "dense")
-"""Plans that a network is tried in as a whole, besides each layer's fastest: a call fewer than a chain's four; and one
-per layer, so that no network is slower than the dense one was."""
 
 WRONG_FROM, WRONG_IN_BFLOAT16, WRONG_IN_INT8 = 1e-2, 0.1, 1.0
 """Outputs that differ by more than this, relative to the largest, are not rounding (TF32 included) but a mistake."""
@@ -141,8 +137,8 @@ def deploy(
             the device to deploy to.
         runtime: "torch", or "onnxruntime" or "openvino" (CPU).
         plans: how each factorised layer's execution plan is chosen: "measure" times them in the runtime, layer by
-            layer, and then the whole network beside itself in the plans that it came in and in those of WHOLE; "flops"
-            takes the plan of fewest FLOPs, "keep" the one that a layer is in.
+            layer, and then the whole network in several choices of them (see `Chooser.measured_plans`); "flops" takes
+            the plan of fewest FLOPs, "keep" the one that a layer is in.
         compile: torch.compile the result. Plans are measured without, compiling each would take minutes.
         cuda_graph: record the result as a CUDA graph, which takes this batch size alone; plans are measured so too.
         memory_format: of torch's feature maps: "channels_last" (the default), "contiguous", or "measure": the faster.
@@ -180,29 +176,24 @@ def deploy(
     channels_last = format_name == "channels_last"
     folded = laid_out(folded, channels_last)
 
-    timed = [target] if int8 is None or plans != "measure" else [target, replace(target, int8=None)]
-    timers = [measure] if measure else [_layer_timer(one, channels_last, rounds) for one in timed]
-    alternatives = _alternatives(folded, example, plans, timers, channels_last)
-    if plans == "measure" and not measure:
-        alternatives += _whole(alternatives[0])
-    choices, final, call = _fastest(folded, alternatives, target, example, rounds, channels_last)
     lowered = bfloat16 or floating == torch.bfloat16
-    part = None
-    if isinstance(call, Session):
-        rounding = None if int8 is None and not lowered else WRONG_IN_BFLOAT16
-        part, call = best_parts(call, example, target.threads, rounds, rounding)
+    rounding = None if int8 is None and not lowered else WRONG_IN_BFLOAT16
+    chooser = Chooser(target, example, rounds, channels_last, rounding)
+    timed = plans == "measure" and measure is None
+    choices = chooser.measured_plans(folded) if timed else [chooser.plans(folded, plans, measure)]
+    found = chooser.fastest(folded, choices)
 
-    runs = {"deployed": call}
+    runs: dict[str, Run] = {"deployed": found.run}
     most = WRONG_IN_INT8 if int8 is not None else WRONG_IN_BFLOAT16 if lowered else WRONG_FROM
     _check_outputs(expected, runs["deployed"](example), most)
-    if plans == "measure" and choices and int8 is None:
+    if plans == "measure" and found.plans and int8 is None:
         runs["reference"] = target.uncompiled_run(folded, example)
     samples = latency_samples(runs, example, rounds=rounds, threads=threads)
     seconds = {name: statistics.median(values) for name, values in samples.items()}
     return Deployed(
-        model=final,
+        model=found.network,
         run=runs["deployed"],
-        layers=choices,
+        layers=found.plans,
         folded=pairs,
         batch_size=length(example),
         runtime=str(target),
@@ -211,71 +202,8 @@ def deploy(
         memory_format=format_name,
         reference_seconds=seconds.get("reference"),
         measured_seconds=seconds["deployed"],
-        part=part,
+        part=found.part,
     )
-
-
-def _alternatives(
-    folded: nn.Module, example: Inputs, how: str, timers: Sequence[Measure], channels_last: bool
-) -> list[dict[str, LayerChoice]]:
-    """The plans that each of the timers prefers, all with the first one's times.
-
-    What a layer costs alone in int8 includes the way there and back, which its neighbours may spare it: so the plans
-    that are fastest in float32 are tried as well.
-    """
-    found = [choose_plans(folded, example, how, one, channels_last=channels_last) for one in timers]
-    return [{name: replace(found[0][name], plan=choice.plan) for name, choice in one.items()} for one in found]
-
-
-def _whole(choices: dict[str, LayerChoice]) -> list[dict[str, LayerChoice]]:
-    """The same layers in the plans that they came in, and each of WHOLE wherever a layer has it.
-
-    Layers timed alone do not see what their neighbours' layouts and caches do for them, so that a network of the
-    fastest layers need not be the fastest network.
-    """
-    came = {name: replace(choice, plan=choice.before) for name, choice in choices.items()}
-    alike = [
-        {name: replace(one, plan=plan if plan in one.timings else one.plan) for name, one in choices.items()}
-        for plan in WHOLE
-    ]
-    return [came, *alike]
-
-
-def _in_plans(folded: nn.Module, choices: Mapping[str, LayerChoice]) -> nn.Module:
-    layers = {folded.get_submodule(name): choice.plan for name, choice in choices.items()}
-    return copy_with(folded, {layer: plain_layer(layer, plan) for layer, plan in layers.items()}).requires_grad_(False)
-
-
-def _layer_timer(target: Target, channels_last: bool, rounds: int) -> Measure:
-    def prepare(layer: nn.Module, inputs: Tensor) -> Run:
-        return target.layer_run(laid_out(layer, channels_last), inputs)
-
-    return timer(prepare, rounds=rounds, threads=target.threads)
-
-
-def _fastest(
-    folded: nn.Module,
-    alternatives: Sequence[dict[str, LayerChoice]],
-    target: Target,
-    example: Inputs,
-    rounds: int,
-    channels_last: bool,
-) -> tuple[dict[str, LayerChoice], nn.Module, Run]:
-    """Of a network in several choices of plans the fastest, timed whole: the choices, the network, what runs it.
-
-    An earlier one counts as fastest where it is no slower to speak of, see `first_of_fastest`.
-    """
-    distinct: dict[str, int] = {}
-    for place, found in enumerate(alternatives):
-        distinct.setdefault(str([one.plan for one in found.values()]), place)
-    networks = {place: laid_out(_in_plans(folded, alternatives[place]), channels_last) for place in distinct.values()}
-    if len(networks) == 1:
-        return alternatives[0], networks[0], target.run(networks[0], example)
-    runs = {place: target.uncompiled_run(network, example) for place, network in networks.items()}
-    seconds = measure_latency(runs, example, rounds=rounds, threads=target.threads)
-    best = first_of_fastest(seconds)
-    call = target.run(networks[best], example) if target.compile else runs[best]
-    return alternatives[best], networks[best], call
 
 
 def _memory_format(asked: str | None, target: Target, model: nn.Module, example: Inputs, rounds: int) -> str:

@@ -11,9 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ..compress.proof import output_tensors, outputs_differ
-from ..cost import measure_latency
 from ..inputs import Inputs, joined, length, split
-from .plans import first_of_fastest
 from .runtimes import Run, Session
 
 SMALL_PART = 2
@@ -39,29 +37,23 @@ def part_sizes(batch: int, threads: int) -> list[int]:
     return [size for size in dict.fromkeys((min(share, SMALL_PART), share)) if size < batch]
 
 
-def best_parts(
-    session: Session, example: Inputs, threads: int, rounds: int, most: float | None
-) -> tuple[int | None, Run]:
-    """The fastest size of parts, None for the whole batch, and what runs it; timed interleaved.
+def ways(session: Session, example: Inputs, threads: int, most: float | None) -> dict[int | None, Run]:
+    """Size of the parts -> what runs a batch in them; last None, the whole batch: in the order of preference.
 
-    Parts are preferred, see `first_of_fastest`: on processors of several dies what
-    works on it whole depends on where the system puts its threads (`benchmarks/parts.py`), and parts hardly do. A
-    network that looks at the samples of a batch together puts out something else in parts, and stays whole.
+    Parts are preferred where they are as fast: on processors of several dies what works on a batch whole depends on
+    where the system puts its threads (`benchmarks/parts.py`), and parts hardly do. A network that looks at the samples
+    of a batch together puts out something else in parts, and stays whole.
 
     Args:
         most: by how much outputs may differ and be the same, see `outputs_differ`.
     """
-    whole, sizes = session.call, part_sizes(length(example), threads)
+    sizes = part_sizes(length(example), threads)
     if not sizes:
-        return None, whole
-    alone, expected = session.alone(), whole(example)
+        return {None: session.call}
+    alone, expected = session.alone(), session(example)
     parted = {size: in_parts(alone, size, threads) for size in sizes}
     same = {size: run for size, run in parted.items() if _same(expected, run, example, most)}
-    if not same:
-        return None, whole
-    runs: dict[int | None, Run] = same | {None: whole}
-    best = first_of_fastest(measure_latency(runs, example, rounds=rounds, warmup=1))
-    return best, runs[best]
+    return same | {None: session.call}
 
 
 def _same(expected: Any, run: Run, example: Inputs, most: float | None) -> bool:

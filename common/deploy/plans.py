@@ -224,13 +224,23 @@ def timer(prepare: Callable[[nn.Module, Tensor], Callable], *, rounds: int, thre
 
     def measure(modules: Mapping[str, nn.Module], inputs: Tensor) -> Samples:
         ready = {name: prepare(module, inputs) for name, module in modules.items()}
-        first = min(rounds, FIRST_ROUNDS)
-        samples = latency_samples(ready, inputs, rounds=first, threads=threads)
-        limit = HOPELESS * min(statistics.median(values) for values in samples.values())
-        running = {name: ready[name] for name in ready if statistics.median(samples[name]) <= limit}
-        if rounds > first and len(running) > 1:
-            for name, values in latency_samples(running, inputs, rounds=rounds - first, threads=threads).items():
-                samples[name] += values
-        return samples
+        return interleaved(ready, inputs, rounds=rounds, threads=threads)
 
     return measure
+
+
+def interleaved(runs: Mapping[Any, Callable], inputs: Inputs, *, rounds: int, threads: int | None) -> dict[Any, list]:
+    """Seconds PER BATCH of each way to run the inputs, by its name, round by round.
+
+    Args:
+        rounds: of those in the running; hopeless ones have FIRST_ROUNDS.
+        threads: torch's own threads while measuring.
+    """
+    first = min(rounds, FIRST_ROUNDS)
+    samples = latency_samples(runs, inputs, rounds=first, threads=threads)
+    limit = HOPELESS * min(statistics.median(values) for values in samples.values())
+    running = {name: runs[name] for name in runs if statistics.median(samples[name]) <= limit}
+    if rounds > first and len(running) > 1:
+        for name, values in latency_samples(running, inputs, rounds=rounds - first, threads=threads).items():
+            samples[name] += values
+    return samples

@@ -40,3 +40,21 @@ def test_each_way_is_a_row_with_both_sides(files, capsys):
     assert f"{best / content['rows'][2]['compressed']['median']:.2f}x" in text
     assert runtimes.main(["--dense", "missing.safetensors", *given[2:]]) == 2
     assert "no checkpoint at missing.safetensors" in capsys.readouterr().err
+
+
+def test_sides_without_weights_are_timed_and_show_no_accuracy(files, capsys):
+    given = ["--data", "digits", "--image-size", "32", "--batches", "2", "--ways", "onnxruntime float32"]
+    given += ["--rounds", "2", "--test-images", "20", "--out", str(files / "random")]
+    assert runtimes.main(["--compressed", str(files / "small.safetensors"), *given]) == 0
+    row = json.loads((files / "random" / "runtimes.json").read_text())["rows"][0]
+    assert row["accuracy"]["dense"] is None
+    assert 0 <= row["accuracy"]["compressed"] <= 1
+    assert runtimes.main(["--model", "resnet18", "--compressed", "uniform:0.2", *given]) == 0
+    row = json.loads((files / "random" / "runtimes.json").read_text())["rows"][0]
+    assert row["accuracy"] == {"dense": None, "compressed": None}
+    assert row["dense"]["median"] > 0
+    text = (files / "random" / "runtimes.md").read_text()
+    assert "Of random weights, so that no accuracy is shown: dense and compressed." in text
+    capsys.readouterr()
+    assert runtimes.main(["--compressed", "uniform:0.2", *given]) == 2
+    assert "--model is needed" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from common.compress.decompose import factorize_layer
 from common.compress.layers import MATRIX_PLANS, PLANS
 from common.compress.trace import LayerTrace
 from common.configuration import KernelRanks, MatrixRanks
-from common.deploy import Target, deploy, fold_batch_norm, median_and_error, network, plain_layer, timer
+from common.deploy import Target, choose, deploy, fold_batch_norm, median_and_error, plain_layer, timer
 from common.deploy.plans import FIRST_ROUNDS, PlanTiming, choose_plans, fastest, fewest_flops, plan_flops
 from common.deploy.runtimes import compiled, cuda_graph
 from common.models import build_model
@@ -389,12 +389,17 @@ def test_timer_gives_up_on_hopeless_plans(monkeypatch):
     assert {name: len(values) for name, values in samples.items()} == {"fast": 9, "near": 9, "hopeless": FIRST_ROUNDS}
 
 
+def timed_as(seconds):
+    """In place of the timing of whole networks: these seconds, in their order."""
+    return lambda runs, *_, **__: {way: [one] for way, one in zip(runs, seconds, strict=True)}
+
+
 @pytest.mark.parametrize(("place", "expected"), [(0, "input-chain"), (1, "chain"), (2, "tucker"), (3, "dense")])
 def test_a_network_is_timed_whole_too_in_the_plans_it_came_in_in_tucker_plans_and_dense(monkeypatch, place, expected):
     """Each layer's fastest plan alone is the input-chain here; the network is fastest in the one at `place`."""
     seconds = [1.0 if at == place else 2.0 for at in range(4)]
-    monkeypatch.setattr(network, "_layer_timer", lambda *_: preferring("input-chain"))
-    monkeypatch.setattr(network, "measure_latency", lambda runs, *_, **__: dict(zip(runs, seconds, strict=True)))
+    monkeypatch.setattr(choose.Chooser, "_timer", lambda *_: preferring("input-chain"))
+    monkeypatch.setattr(choose, "interleaved", timed_as(seconds))
     deployed = deploy(small_net(), images(), rounds=1)
     assert {deployed.plans[name] for name in ("first", "second")} == {expected}
     assert set(deployed.plans) == set(FACTORISED)
@@ -404,8 +409,8 @@ def test_a_network_is_timed_whole_too_in_the_plans_it_came_in_in_tucker_plans_an
 
 def test_a_network_whose_other_plans_are_as_fast_keeps_its_layers_fastest(monkeypatch):
     seconds = [1.01, 1.0, 1.0, 1.0]
-    monkeypatch.setattr(network, "_layer_timer", lambda *_: preferring("input-chain"))
-    monkeypatch.setattr(network, "measure_latency", lambda runs, *_, **__: dict(zip(runs, seconds, strict=True)))
+    monkeypatch.setattr(choose.Chooser, "_timer", lambda *_: preferring("input-chain"))
+    monkeypatch.setattr(choose, "interleaved", timed_as(seconds))
     assert deploy(small_net(), images(), rounds=1).plans["first"] == "input-chain"
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.compress import factorize
-from common.deploy import deploy, export_onnx, network, onnx_session, runtimes
+from common.deploy import choose, deploy, export_onnx, onnx_session, runtimes
 from common.deploy import packages as module
 from common.deploy.onnx_export import onnx_bytes
 from common.deploy.openvino_run import openvino_model, openvino_session
@@ -131,12 +131,8 @@ def test_plans_are_timed_in_int8_and_in_float32_and_the_faster_network_is_taken(
 
         return measure
 
-    monkeypatch.setattr(network, "_layer_timer", lambda target, *_: times(target))
-    monkeypatch.setattr(
-        network,
-        "measure_latency",
-        lambda runs, *_, **__: {name: float(place != winner) for place, name in enumerate(runs)},
-    )
+    monkeypatch.setattr(choose.Chooser, "_timer", lambda _, target: times(target))
+    monkeypatch.setattr(choose, "interleaved", lambda runs, *_, **__: {way: [float(way[0] != winner)] for way in runs})
     found = deploy(small, images[:4], runtime="onnxruntime", int8=images[:8], rounds=1)
     first = {name: list(choice.timings)[0 if winner == 0 else -1] for name, choice in found.layers.items()}
     assert found.plans == first

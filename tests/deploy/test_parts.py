@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from common.compress import factorize
+from common.deploy import choose as module
 from common.deploy import deploy
-from common.deploy import parts as module
-from common.deploy.parts import SMALL_PART, best_parts, in_parts, part_sizes
-from common.deploy.runtimes import Session
+from common.deploy.parts import SMALL_PART, in_parts, part_sizes
 from common.inputs import length
+from common.ranks import uniform
 
 
 def network():
@@ -38,7 +39,7 @@ def preferring(*sizes):
     """In place of the timing: what is named is the faster the earlier it is named, all else is slow."""
 
     def measure(runs, _example, **_options):
-        return {size: 1.0 + sizes.index(size) if size in sizes else 99.0 for size in runs}
+        return {(place, size): [1.0 + sizes.index(size) if size in sizes else 99.0] for place, size in runs}
 
     return measure
 
@@ -104,7 +105,7 @@ def test_parts_that_are_tried_are_smaller_than_the_batch_and_few(batch, threads)
 
 @pytest.mark.parametrize("size", [None, 2, 4])
 def test_the_fastest_is_taken_and_is_right_at_any_batch_size(monkeypatch, size):
-    monkeypatch.setattr(module, "measure_latency", preferring(size))
+    monkeypatch.setattr(module, "interleaved", preferring(size))
     model, images = network(), torch.randn(8, 3, 6, 6)
     done = deploy(model, images, runtime="onnxruntime", threads=2)
     assert done.part == size
@@ -116,27 +117,64 @@ def test_the_fastest_is_taken_and_is_right_at_any_batch_size(monkeypatch, size):
 
 @pytest.mark.parametrize(("seconds", "size"), [({2: 1.01, 4: 2, None: 1}, 2), ({2: 1.1, 4: 1.1, None: 1}, None)])
 def test_parts_are_taken_where_the_whole_batch_is_hardly_faster(monkeypatch, seconds, size):
-    monkeypatch.setattr(module, "measure_latency", lambda runs, *_, **__: {one: seconds[one] for one in runs})
-    same = torch.clone
-    assert best_parts(Session(same, lambda: same), torch.zeros(8, 2), 2, 1, None)[0] == size
+    monkeypatch.setattr(module, "interleaved", lambda runs, *_, **__: {one: [seconds[one[1]]] for one in runs})
+    assert deploy(network(), torch.randn(8, 3, 6, 6), runtime="onnxruntime", threads=2).part == size
 
 
 @pytest.mark.parametrize("mixing", [Alike, Centred])
 def test_a_network_that_looks_at_the_samples_together_stays_whole(monkeypatch, mixing):
-    monkeypatch.setattr(module, "measure_latency", preferring(2, 4))
+    monkeypatch.setattr(module, "interleaved", preferring(2, 4))
     model, images = nn.Sequential(network(), mixing()), torch.randn(8, 3, 6, 6)
     done = deploy(model, images, runtime="onnxruntime", threads=2)
     assert done.part is None
     torch.testing.assert_close(done(images), model(images), rtol=1e-3, atol=1e-3)
 
 
+class OfOneSize(nn.Module):
+    """Made for batches of eight."""
+
+    def forward(self, x):
+        return x.reshape(8, -1, x.shape[-1]).reshape(x.shape)
+
+
+def test_a_network_of_one_batch_size_is_refused_by_name_whatever_its_parts_say():
+    layers = nn.Sequential(OfOneSize(), network())
+    with pytest.raises(ValueError, match="cannot be exported to ONNX"):
+        deploy(layers, torch.randn(8, 3, 6, 6), runtime="onnxruntime", threads=2, rounds=1)
+
+
+@pytest.mark.parametrize("threads_of_best", [1, 2])
+def test_plans_are_timed_on_a_part_too_and_the_faster_network_is_taken(monkeypatch, threads_of_best):
+    """Pretends that on one thread each layer's last plan is the fastest, and on all its first."""
+    timed = {}
+
+    def timer(_, target):
+        def measure(modules, inputs):
+            timed[target.threads] = len(inputs)
+            best = list(modules)[-1 if target.threads == 1 else 0]
+            return {name: [1.0 if name == best else 2.0] * 3 for name in modules}
+
+        return measure
+
+    monkeypatch.setattr(module.Chooser, "_timer", timer)
+    best = {2: (0, None), 1: (1, SMALL_PART)}[threads_of_best]
+    monkeypatch.setattr(module, "interleaved", lambda runs, *_, **__: {way: [float(way != best)] for way in runs})
+    small = factorize(network(), input_shape=(3, 6, 6))
+    small = small.compress(uniform(small, 0.5)).eval()
+    done = deploy(small, torch.randn(8, 3, 6, 6), runtime="onnxruntime", threads=2, rounds=1)
+    assert timed == {2: 8, 1: SMALL_PART}
+    assert done.part == best[1]
+    for choice in done.layers.values():
+        assert choice.plan == list(choice.timings)[-1 if threads_of_best == 1 else 0]
+
+
 def test_one_image_makes_no_parts(monkeypatch):
-    monkeypatch.setattr(module, "measure_latency", preferring())
+    monkeypatch.setattr(module, "interleaved", preferring())
     assert deploy(network(), torch.randn(1, 3, 6, 6), runtime="onnxruntime", threads=2).part is None
 
 
 def test_torch_takes_the_batch_as_it_is(monkeypatch):
-    monkeypatch.setattr(module, "measure_latency", preferring(2, 4))
+    monkeypatch.setattr(module, "interleaved", preferring(2, 4))
     assert deploy(network(), torch.randn(8, 3, 6, 6), runtime="torch").part is None
 
 
@@ -144,7 +182,7 @@ def test_torch_takes_the_batch_as_it_is(monkeypatch):
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 def test_openvino_runs_parts_at_a_time(monkeypatch, precision):
     pytest.importorskip("openvino")
-    monkeypatch.setattr(module, "measure_latency", preferring(2))
+    monkeypatch.setattr(module, "interleaved", preferring(2))
     model, images = network(), torch.randn(16, 3, 6, 6)
     options = {"int8": images} if precision == "int8" else {}
     if options:
