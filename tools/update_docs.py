@@ -80,6 +80,7 @@ def sections(results: Path) -> Mapping[str, Callable[[], str]]:
         "runtimes": sorted(results.glob("runtimes-*/runtimes.md")),
         "roofline": sorted(results.glob("roofline-*/roofline.md")),
         "parts": sorted(results.glob("parts-*/parts.md")),
+        "latency-intel": sorted(results.glob("latency-*-intel/latency.md")),
         "latency-search": sorted(results.glob("latency-search-*/latency-search.md")),
     }
     largest = documents.largest(runs)
