@@ -7,6 +7,7 @@ PER BATCH, whatever the batch size. Nothing in this module changes the model tha
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -196,9 +197,11 @@ def latency_samples(
 ) -> dict[str, list[float]]:
     """Latency of each model, measured interleaved: one sample per round, in seconds PER BATCH.
 
-    Every round times all models, in an order that rotates from round to round, so that a slow minute of the machine
-    or the warmth that a neighbour leaves behind falls on all alike. A sample repeats the call until it lasts a few
-    milliseconds and is the mean of the repetitions. Runs in inference mode; modules are put in eval mode and restored.
+    Every round times all models, in an order of its own, so that a slow minute of the machine falls on all alike. A
+    sample is of a model that runs again and again, as a deployed one does: its first call, which finds in the caches
+    what another model has left there, is not timed. (A network of a few milliseconds takes half as long again behind a
+    dense one.) A sample repeats the call until it lasts a few milliseconds and is the mean of the repetitions. Runs in
+    inference mode; modules are put in eval mode and restored.
 
     Args:
         models: modules, or any functions of `example` (an onnxruntime session wrapped in one, say).
@@ -221,8 +224,8 @@ def latency_samples(
             for name, model in models.items()
         }
         for round_index in range(rounds):
-            first = round_index % len(names)
-            for name in names[first:] + names[:first]:
+            for name in random.Random(round_index).sample(names, len(names)):
+                models[name](example)
                 samples[name].append(_time(models[name], example, repetitions[name], synchronise))
     return samples
 

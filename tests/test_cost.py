@@ -168,11 +168,28 @@ def clock(monkeypatch):
     return own
 
 
-def test_every_round_times_every_model_in_rotated_order(clock):
-    models = {name: clock.model(name, 0.006) for name in "abc"}  # longer than the shortest sample: one call is one
-    samples = latency_samples(models, torch.zeros(2, 3), rounds=4, warmup=2)
-    assert "".join(clock.calls) == "aabbcc" + "abc" + "bca" + "cab" + "abc"
-    assert {name: len(values) for name, values in samples.items()} == {"a": 4, "b": 4, "c": 4}
+def test_every_round_times_every_model_in_an_order_of_its_own(clock):
+    models = {name: clock.model(name, seconds) for name, seconds in (("a", 0.01), ("b", 0.02), ("c", 0.03))}
+    samples = latency_samples(models, torch.zeros(2, 3), rounds=40, warmup=2)
+    assert {name: len(values) for name, values in samples.items()} == {"a": 40, "b": 40, "c": 40}
+    calls = "".join(clock.calls)
+    assert calls.startswith("aabbcc")
+    rounds = {calls[at : at + 6] for at in range(6, len(calls), 6)}  # each model once untimed and once timed
+    assert rounds == {"aabbcc", "aaccbb", "bbaacc", "bbccaa", "ccaabb", "ccbbaa"}
+    assert len(calls) == 6 + 6 * 40
+
+
+def test_what_another_model_leaves_in_the_caches_is_not_counted(clock):
+    def model(name):
+        def run(_example):
+            clock.now += 0.01 if clock.calls[-1:] == [name] else 0.05
+            clock.calls.append(name)
+
+        return run
+
+    samples = latency_samples({name: model(name) for name in "abc"}, torch.zeros(1), rounds=9)
+    for values in samples.values():
+        assert values == pytest.approx([0.01] * 9)
 
 
 def test_a_model_that_takes_twice_as_long_measures_twice(clock):
@@ -184,7 +201,7 @@ def test_a_model_that_takes_twice_as_long_measures_twice(clock):
 
 def test_short_calls_are_repeated_within_a_sample_and_reported_per_call(clock):
     (sample,) = latency_samples({"short": clock.model("short", 0.0005)}, torch.zeros(1), rounds=1)["short"]
-    assert len(clock.calls) == 3 + 10  # the warm-up, and as many as fill five milliseconds
+    assert len(clock.calls) == 3 + 1 + 10  # the warm-up, one untimed, and as many as fill five milliseconds
     assert sample == pytest.approx(0.0005)
 
 
