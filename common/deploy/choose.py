@@ -56,12 +56,14 @@ class Chooser:
     def measured_plans(self, folded: nn.Module) -> list[Plans]:
         """The plans of the layers fastest alone, on a batch and on a part of it; those they came in; those of WHOLE."""
         asked = [(self.target, self.example)]
+        floats = replace(self.target, int8=None)
         if self.target.int8 is not None:
             # What a layer costs alone in int8 includes the way there and back, which its neighbours may spare it.
-            asked.append((replace(self.target, int8=None), self.example))
+            asked.append((floats, self.example))
         part = self._smallest_part(folded)
         if part is not None:
-            asked.append((replace(self.target, threads=1), part))
+            # In float32 for the same reason, and since every plan of every layer would be quantised once more.
+            asked.append((replace(floats, threads=1), part))
         found = [self.plans(folded, "measure", self._timer(target), inputs) for target, inputs in asked]
         alone = [{name: replace(found[0][name], plan=one.plan) for name, one in plans.items()} for plans in found]
         return alone + _alike(alone[0])
