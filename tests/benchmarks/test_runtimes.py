@@ -1,6 +1,7 @@
 """Runtimes and precisions: a row each, both sides, with the accuracy beside the time."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -58,3 +59,18 @@ def test_sides_without_weights_are_timed_and_show_no_accuracy(files, capsys):
     capsys.readouterr()
     assert runtimes.main(["--compressed", "uniform:0.2", *given]) == 2
     assert "--model is needed" in capsys.readouterr().err
+
+
+def test_ways_take_turns_in_blocks_of_both_sides(monkeypatch):
+    seen = []
+
+    def samples(runs, _example, *, rounds):
+        seen.append([*runs])
+        return {key: [1.0] * rounds for key in runs}
+
+    monkeypatch.setattr(runtimes, "latency_samples", samples)
+    ways = ["torch float32", "onnxruntime int8"]
+    deployed = {(side, way): SimpleNamespace(run=None) for side in runtimes.SIDES for way in ways}
+    found = runtimes._in_blocks(deployed, SimpleNamespace(ways=ways, rounds=7), None)
+    assert seen == [[("dense", way), ("compressed", way)] for way in ways] * runtimes.BLOCKS
+    assert {len(values) for values in found.values()} == {9}
