@@ -88,7 +88,9 @@ def networks(runs: Sequence[Run], dataset: str) -> str:
 
     Where a setting was run with several seeds, the figures are means, and the last column counts them.
     """
-    rows, machines = [], []
+    rows: list[list[str]] = []
+    machines: dict[str, list[str]] = {}
+    speeds: dict[str, None] = {}
     for group in group_runs([run for run in largest(runs) if run["header"]["dataset"] == dataset]):
         found = [best for run in group.runs if (best := _smallest(group, run)) is not None]
         if not found:
@@ -107,10 +109,13 @@ def networks(runs: Sequence[Run], dataset: str) -> str:
                 str(len(found)),
             ]
         )
-        machines += [_machine(run["header"]) for run in group.runs]
+        for machine in dict.fromkeys(_machine(run["header"]) for run in group.runs):
+            machines.setdefault(machine, []).append(_title(group))
+        speeds |= dict.fromkeys(_speed(run["header"]) for run in group.runs)
     heads = ["network", "images", "parameters", "FLOPs", "test accuracy", "speed-up", "seeds"]
     table = tabulate(rows, headers=heads, tablefmt="github", disable_numparse=True)
-    return f"{table}\n\n{'; '.join(dict.fromkeys(machines))}."
+    lines = [*machines] if len(machines) < 2 else [f"{', '.join(of)}: {machine}" for machine, of in machines.items()]
+    return f"{table}\n\n{'; '.join([*lines, *speeds])}."
 
 
 def _smallest(group: Group, run: Run) -> Candidate | None:
@@ -136,11 +141,13 @@ def _engineering(value: float) -> str:
 
 
 def _machine(head: Mapping[str, Any]) -> str:
-    versions = head["versions"]
-    return (
-        f"{head['machine']}, {head['threads']} threads; speed in {head['runtime']} {versions['onnxruntime']}, "
-        f"batch {head['latency_batch']}, dense and compressed interleaved"
-    )
+    name = re.sub(r"\(R\)|\(TM\)| Processor$", "", head["machine"])
+    return f"{name}, {head['threads']} threads"
+
+
+def _speed(head: Mapping[str, Any]) -> str:
+    runtime = f"{head['runtime']} {head['versions']['onnxruntime']}"
+    return f"speed in {runtime}, batch {head['latency_batch']}, dense and compressed interleaved"
 
 
 def fine_tuned(content: Mapping[str, Any]) -> str:

@@ -197,9 +197,14 @@ def test_one_row_a_network_counts_seeds_and_names_the_machine():
     assert "0.9930 → 0.9900" in table
     assert "5.0x" in table
     assert table.splitlines()[2].rstrip("| ").endswith("2")
-    assert (
-        table.splitlines()[-1] == "m, 2 threads; speed in onnxruntime 1.0, batch 16, dense and compressed interleaved."
-    )
+    last = table.splitlines()[-1]
+    assert last == "m, 2 threads; speed in onnxruntime 1.0, batch 16, dense and compressed interleaved."
+    other = run(seed=1)
+    other["header"] |= {"machine": "A(R) B(R) Processor", "model": "alexnet"}
+    other["baseline"]["architecture"] = "alexnet"
+    last = documents.networks([run(), other], "mnist").splitlines()[-1]
+    assert last.startswith("ResNet18: m, 2 threads; AlexNet: A B, 2 threads; speed in ")
+    assert last.count("speed in onnxruntime 1.0, batch 16") == 1
     assert "none within tolerance" in documents.networks([run(accuracy=0.5)], "mnist")
     assert "ResNet18" not in documents.networks([run()], "fashion-mnist")
 
