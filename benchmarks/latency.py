@@ -91,19 +91,25 @@ class Network:
         """As `add_network_options` says; random weights are of seed 0."""
         return cls(options.model, options.config, options.image_size, options.num_classes, seed=0)
 
-    def __init__(self, name: str, config: str | None, image_size: int, num_classes: int, seed: int) -> None:
-        self.name, self.image_size = canonical_name(name), image_size
+    def __init__(self, name: str | None, config: str | None, image_size: int, num_classes: int, seed: int) -> None:
+        """name: None where `config` is a file of save_compressed, which says it; so it does the number of classes."""
+        self.image_size = image_size
         if config is not None and config.endswith(".safetensors"):
             self.compressed, info = load_compressed(config)
+            self.name = info["architecture"] if name is None else canonical_name(name)
             if info["architecture"] != self.name:
                 raise ValueError(f"{config} holds a {info['architecture']}, but {self.name} was asked for")
             num_classes, self.config = info["num_classes"], str(info["config"])
             self.dense = build_model(self.name, num_classes, image_size=image_size, seed=seed).eval()
+        elif name is None:
+            raise ValueError("--model is needed: only a file of save_compressed says which network it holds")
         else:
+            self.name = canonical_name(name)
             self.dense = build_model(self.name, num_classes, image_size=image_size, seed=seed).eval()
             factors = factorize(self.dense, input_shape=self.input_shape)
             chosen = _configuration(factors, config, FLOPS_KEPT.get(self.name, 0.20))
             self.compressed, self.config = factors.compress(chosen).eval(), str(chosen)
+        self.num_classes = num_classes
 
     @property
     def input_shape(self) -> tuple[int, int, int]:

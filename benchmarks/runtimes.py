@@ -40,7 +40,7 @@ from common.deploy import Deployed, deploy
 from common.deployed_set import INT8_IMAGES, AsModule
 from common.files import write_text
 from common.finetune import evaluate
-from common.models import build_model, load_checkpoint, load_compressed
+from common.models import load_checkpoint
 from common.provenance import provenance
 
 SIDES = ("dense", "compressed")
@@ -97,23 +97,15 @@ class Pair:
             ValueError: files or ranks that do not fit, or a network that nothing names.
             OSError: a file that cannot be read.
         """
-        given = options.compressed
-        if given.endswith(".safetensors"):
-            compressed, header = load_compressed(given)
-            name, classes, trained = header["architecture"], header["num_classes"], {"compressed"}
-            dense = None
-        elif options.model is None:
-            raise ValueError("--model is needed: only a file of save_compressed says which network it holds")
-        else:
-            random = Network(options.model, given, options.image_size, 10, seed=0)
-            name, classes, trained = random.name, 10, set()
-            dense, compressed = random.dense, random.compressed
+        given = Network(options.model, options.compressed, options.image_size, 10, seed=0)
+        networks = {"dense": given.dense, "compressed": given.compressed}
+        trained = {"compressed"} if options.compressed.endswith(".safetensors") else set()
         if options.dense is not None:
-            dense, _ = load_checkpoint(options.dense, architecture=name, num_classes=classes)
-            trained |= {"dense"}
-        elif dense is None:
-            dense = build_model(name, classes, image_size=options.image_size, seed=0).eval()
-        return cls(name, {"dense": dense, "compressed": compressed}, frozenset(trained))
+            networks["dense"], _ = load_checkpoint(
+                options.dense, architecture=given.name, num_classes=given.num_classes
+            )
+            trained.add("dense")
+        return cls(given.name, networks, frozenset(trained))
 
 
 def measure(pair: Pair, dataset: Dataset, options: argparse.Namespace) -> list[dict[str, Any]]:

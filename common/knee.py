@@ -43,7 +43,8 @@ def seek(run: Run, max_loss: float) -> tuple[float, ...]:
     if dense is None:
         raise ValueError("max_loss needs a score: give evaluate=, or budgets in its place")
     menus, cost = run.price_menus()
-    fails, holds = MenuCosts.of(run.factorize(), menus, cost).least, 1.0
+    least = MenuCosts.of(run.factorize(), menus, cost).least
+    fails, holds = least, 1.0
     tried: list[float] = []
     while len(tried) < MOST_BUDGETS and holds / fails > CLOSE:
         budget = float(f"{(fails * holds) ** 0.5:.3g}")
@@ -57,6 +58,11 @@ def seek(run: Run, max_loss: float) -> tuple[float, ...]:
         said = "no finalist" if best is None else f"validation {best:.4f}"
         run.open_log().info(f"Budget {budget:g}: {said}, dense {dense:.4f}: {'holds' if good else 'loses too much'}")
         fails, holds = (fails, budget) if good else (budget, holds)
+    if fails == least and tried:
+        run.open_log().info(
+            f"No budget lost too much: the search ended at the smallest ranks of the menus ({least:.3g} of the cost), "
+            "not where accuracy breaks"
+        )
     return tuple(tried)
 
 

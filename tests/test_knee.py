@@ -60,14 +60,16 @@ def test_the_edge_is_found_within_a_tenth(least, edge):
     held = min(budget for budget in (*tried, 1.0) if budget >= edge)
     assert held / edge <= CLOSE * 1.02
     assert len(tried) <= MOST_BUDGETS
-    assert len(run.said) == len(tried)
+    assert len(run.said) == len(tried)  # nothing of the menus' end
     assert all(words in "".join(run.said) for words in ("holds", "loses too much"))
 
 
 @pytest.mark.parametrize(("score", "end"), [(0.9, "least"), (0.1, "dense")])
 def test_where_everything_or_nothing_holds_it_goes_to_the_end(least, score, end):
-    tried = seek(Pretended(lambda _: score, least(0.05)), 0.005)
+    run = Pretended(lambda _: score, least(0.05))
+    tried = seek(run, 0.005)
     assert (min(tried) < 0.06) if end == "least" else (max(tried) > 0.9)
+    assert ("ended at the smallest ranks of the menus (0.05 of the cost)" in run.said[-1]) == (end == "least")
 
 
 def test_a_budget_without_finalists_counts_as_lost(least):

@@ -59,6 +59,8 @@ def test_sides_without_weights_are_timed_and_show_no_accuracy(files, capsys):
     capsys.readouterr()
     assert runtimes.main(["--compressed", "uniform:0.2", *given]) == 2
     assert "--model is needed" in capsys.readouterr().err
+    assert runtimes.main(["--model", "alexnet", "--compressed", str(files / "small.safetensors"), *given]) == 2
+    assert "holds a resnet18, but alexnet was asked for" in capsys.readouterr().err
 
 
 def test_ways_take_turns_in_blocks_of_both_sides(monkeypatch):
