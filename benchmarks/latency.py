@@ -92,24 +92,27 @@ class Network:
         return cls(options.model, options.config, options.image_size, options.num_classes, seed=0)
 
     def __init__(self, name: str | None, config: str | None, image_size: int, num_classes: int, seed: int) -> None:
-        """name: None where `config` is a file of save_compressed, which says it; so it does the number of classes."""
-        self.image_size = image_size
-        if config is not None and config.endswith(".safetensors"):
+        """name: None where `config` is a file of save_compressed, which says it, as it does the number of classes."""
+        self.image_size, self.num_classes, self.seed = image_size, num_classes, seed
+        self.trained = config is not None and config.endswith(".safetensors")
+        if self.trained:
             self.compressed, info = load_compressed(config)
             self.name = info["architecture"] if name is None else canonical_name(name)
             if info["architecture"] != self.name:
                 raise ValueError(f"{config} holds a {info['architecture']}, but {self.name} was asked for")
-            num_classes, self.config = info["num_classes"], str(info["config"])
-            self.dense = build_model(self.name, num_classes, image_size=image_size, seed=seed).eval()
+            self.num_classes, self.config = info["num_classes"], str(info["config"])
         elif name is None:
             raise ValueError("--model is needed: only a file of save_compressed says which network it holds")
         else:
             self.name = canonical_name(name)
-            self.dense = build_model(self.name, num_classes, image_size=image_size, seed=seed).eval()
             factors = factorize(self.dense, input_shape=self.input_shape)
             chosen = _configuration(factors, config, FLOPS_KEPT.get(self.name, 0.20))
             self.compressed, self.config = factors.compress(chosen).eval(), str(chosen)
-        self.num_classes = num_classes
+
+    @cached_property
+    def dense(self) -> nn.Module:
+        """Of random weights; `trained` says whether the compressed network's came from a file."""
+        return build_model(self.name, self.num_classes, image_size=self.image_size, seed=self.seed).eval()
 
     @property
     def input_shape(self) -> tuple[int, int, int]:

@@ -98,14 +98,13 @@ class Pair:
             OSError: a file that cannot be read.
         """
         given = Network(options.model, options.compressed, options.image_size, 10, seed=0)
-        networks = {"dense": given.dense, "compressed": given.compressed}
-        trained = {"compressed"} if options.compressed.endswith(".safetensors") else set()
-        if options.dense is not None:
-            networks["dense"], _ = load_checkpoint(
-                options.dense, architecture=given.name, num_classes=given.num_classes
-            )
-            trained.add("dense")
-        return cls(given.name, networks, frozenset(trained))
+        if options.dense is None:
+            dense = given.dense
+        else:
+            dense, _ = load_checkpoint(options.dense, architecture=given.name, num_classes=given.num_classes)
+        trained = {"dense": options.dense is not None, "compressed": given.trained}
+        networks = {"dense": dense, "compressed": given.compressed}
+        return cls(given.name, networks, frozenset(side for side in SIDES if trained[side]))
 
 
 def measure(pair: Pair, dataset: Dataset, options: argparse.Namespace) -> list[dict[str, Any]]:
