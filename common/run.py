@@ -193,11 +193,15 @@ class Run(ABC):
 
     @step
     def price_menus(self) -> tuple[Menus, CostMeasure]:
-        """Each layer's rank candidates, and the measure of cost that they are priced by."""
+        """Each layer's rank candidates, and the measure of cost that they are priced by.
+
+        A `max_loss` goes down to where accuracy breaks, so that its menus must not end before; where time is the cost,
+        ranks narrower than the kernels like save none.
+        """
         s, factors = self.settings, self.factorize()
         if s.cost != "latency":
             cost = CostMeasure(flops=s.cost != "params", params=s.cost != "flops")
-            return build_menus(factors, cost=cost), cost
+            return build_menus(factors, cost=cost, narrow=s.max_loss is not None), cost
         menus = build_menus(factors)
         cache = s.state_folder / "menu-times.json"
         times = time_menus(factors, menus, self._example, runtime=self._runtime, cache=cache, progress=self.progress)

@@ -9,6 +9,7 @@ from torch import nn
 
 from common import compress_network
 from common.knee import CLOSE, MOST_BUDGETS, seek
+from common.ranks.menus import RANK_MULTIPLE, WIDE_FROM
 from common.reports import read_log
 from tests.helpers import fitted, loaders_of
 
@@ -124,6 +125,17 @@ def test_a_run_finds_the_smallest_network_by_validation_and_resumes(task, tmp_pa
     again.close()
     with pytest.raises(ValueError, match="another max_loss"):
         compress_network(*task, max_loss=0.01, folder=tmp_path, epochs=0, **QUICK)
+
+
+@pytest.mark.parametrize(("target", "narrow"), [({"max_loss": 0.03}, True), ({"budgets": (0.5,)}, False)])
+def test_only_its_menus_go_below_the_ranks_that_kernels_like(digits, tmp_path, monkeypatch, target, narrow):
+    monkeypatch.setattr("common.knee.MOST_BUDGETS", 1)
+    wide = nn.Sequential(nn.Conv2d(3, WIDE_FROM, 3), nn.ReLU(), nn.Conv2d(WIDE_FROM, WIDE_FROM, 3))
+    net = nn.Sequential(wide, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(WIDE_FROM, 10))
+    run = compress_network(net, *loaders_of(digits), folder=tmp_path, epochs=0, **target, **QUICK)
+    ranks = [entry.ranks for entry in run.menus()["0.2"] if entry.ranks is not None]
+    assert any(one.rank_out < RANK_MULTIPLE for one in ranks) == narrow
+    run.close()
 
 
 def test_two_targets_at_once_are_refused(task, tmp_path):

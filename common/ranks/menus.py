@@ -18,6 +18,10 @@ from ..configuration import KernelRanks, MatrixRanks, Ranks
 RANK_MULTIPLE = 8
 """Ranks of wide modes are multiples of this: vector units and tensor cores like them."""
 
+NARROW = (1, 2, 4)
+"""Ranks of wide modes below RANK_MULTIPLE, for menus that go down to where accuracy breaks: fewer parameters and FLOPs,
+hardly less time."""
+
 WIDE_FROM = 64
 """A mode of at least this many channels is wide."""
 
@@ -82,10 +86,14 @@ class CostMeasure:
 Menus = Mapping[str, tuple[MenuEntry, ...]]
 
 
-def rank_grid(limit: int) -> list[int]:
-    """Candidate ranks 1..limit in a roughly geometric grid, multiples of RANK_MULTIPLE where the mode is wide."""
+def rank_grid(limit: int, *, narrow: bool = False) -> list[int]:
+    """Candidate ranks 1..limit in a roughly geometric grid, multiples of RANK_MULTIPLE where the mode is wide.
+
+    Args:
+        narrow: begin a wide mode's grid with NARROW.
+    """
     step = RANK_MULTIPLE if limit >= WIDE_FROM else 1
-    grid, rank = [], step
+    grid, rank = [*NARROW] if narrow and step > 1 else [], step
     while rank < limit:
         grid.append(rank)
         rank = max(rank + step, round(rank * GRID_RATIO / step) * step)
@@ -93,9 +101,12 @@ def rank_grid(limit: int) -> list[int]:
 
 
 def build_menus(
-    factors: ModelFactors, *, cost: CostMeasure | None = None, size: int = 16
+    factors: ModelFactors, *, cost: CostMeasure | None = None, size: int = 16, narrow: bool = False
 ) -> dict[str, tuple[MenuEntry, ...]]:
     """Layer name -> its menu of at most `size` entries, from the cheapest to the dense layer.
+
+    Args:
+        narrow: also ranks below RANK_MULTIPLE in wide modes; see NARROW.
 
     Raises:
         ValueError: if size is below 2.
@@ -105,7 +116,7 @@ def build_menus(
     cost = cost or CostMeasure()
     menus = {}
     for name, layer in factors.layers.items():
-        entries = [entry for entry in _grid_entries(layer) if entry.error < 1]
+        entries = [entry for entry in _grid_entries(layer, narrow) if entry.error < 1]
         dense = MenuEntry(None, layer.dense_params, layer.dense_flops, 0.0)
         front = cheaper_front(entries, dense, lambda entry: cost.of_entry(entry, factors))
         menus[name] = (*_thinned(front, size - 1), dense)
@@ -123,16 +134,16 @@ def cheaper_front(
     return front
 
 
-def _grid_entries(layer: Factors) -> Iterator[MenuEntry]:
+def _grid_entries(layer: Factors, narrow: bool) -> Iterator[MenuEntry]:
     if layer.is_matrix:
         errors = layer.output_errors().tolist()
-        for rank in rank_grid(layer.full_ranks.rank):
+        for rank in rank_grid(layer.full_ranks.rank, narrow=narrow):
             yield _entry(layer, MatrixRanks(rank), errors[rank - 1])
         return
     full = layer.full_ranks
-    for rank_in, rank_out in _balanced_pairs(layer):
+    for rank_in, rank_out in _balanced_pairs(layer, narrow):
         errors = layer.output_errors(rank_in, rank_out).tolist()
-        for rank_mid in rank_grid(max(full.rank_in, full.rank_out)):
+        for rank_mid in rank_grid(max(full.rank_in, full.rank_out), narrow=narrow):
             if rank_mid <= len(errors):
                 yield _entry(layer, KernelRanks(rank_in, rank_mid, rank_out), errors[rank_mid - 1])
 
@@ -141,13 +152,14 @@ def _entry(layer: Factors, ranks: Ranks, error: float) -> MenuEntry:
     return MenuEntry(ranks, layer.params(ranks), layer.flops(ranks), error)
 
 
-def _balanced_pairs(layer: Factors) -> list[tuple[int, int]]:
+def _balanced_pairs(layer: Factors, narrow: bool) -> list[tuple[int, int]]:
     """Leaf ranks (in, out) that discard comparable shares of the energy, each at most half of its mode or all of it."""
     tails = {}
     for edge, full in (("in", layer.full_ranks.rank_in), ("out", layer.full_ranks.rank_out)):
         energies = layer.edge_energies(edge)
         tail = (1 - energies.cumsum(0) / energies.sum()).clamp_min(1e-7).tolist()
-        tails[edge] = {r: tail[r - 1] for r in rank_grid(full) if r <= max(full // 2, 8) or r == full}
+        grid = rank_grid(full, narrow=narrow)
+        tails[edge] = {r: tail[r - 1] for r in grid if r <= max(full // 2, 8) or r == full}
     return [
         (rank_in, rank_out)
         for rank_in, tail_in in tails["in"].items()

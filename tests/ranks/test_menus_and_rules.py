@@ -19,7 +19,7 @@ from common.ranks import (
     vbmf,
     worthwhile,
 )
-from common.ranks.menus import WIDE_FROM
+from common.ranks.menus import NARROW, RANK_MULTIPLE, WIDE_FROM
 
 FRACTIONS = (1e-6, 0.03, 0.2, 0.5, 0.77, 1.0)
 
@@ -85,6 +85,20 @@ def test_the_grid_rises_from_its_step_to_the_limit(limit):
     assert grid[0] == step
     assert grid[-1] == limit
     assert all(rank % step == 0 for rank in grid[:-1])
+
+
+@pytest.mark.parametrize("limit", [1, 7, WIDE_FROM - 1, WIDE_FROM, 512])
+def test_a_narrow_grid_begins_at_one_and_goes_on_as_before(limit):
+    assert rank_grid(limit, narrow=True)[0] == 1
+    below = [rank for rank in rank_grid(limit, narrow=True) if rank not in rank_grid(limit)]
+    assert below == (list(NARROW) if limit >= WIDE_FROM else [])
+
+
+def test_narrow_menus_go_below_the_smallest_ranks_of_the_others(factors):
+    usual, narrow = (build_menus(factors, size=10_000, narrow=wanted) for wanted in (False, True))
+    assert narrow["9"][0].flops < usual["9"][0].flops
+    assert narrow["9"][0].ranks.rank_out < RANK_MULTIPLE
+    assert narrow["4"] == usual["4"]  # no wide mode
 
 
 @pytest.mark.parametrize("size", [1, 0, -3])
