@@ -112,7 +112,7 @@ def measure(pair: Pair, dataset: Dataset, options: argparse.Namespace) -> list[d
     images = dataset.train.sample(min(INT8_IMAGES, len(dataset.train)), 0)
     accuracies: dict[tuple[str, str], float] = {}
     rows = []
-    for batch in options.batches:
+    for batch in sorted(options.batches, reverse=True):  # accuracy is found in the largest, which is the fastest
         deployed = {
             (side, way): WAYS[way].deployed(network, images[:batch].clone(), images, options.rounds)
             for way in tqdm(options.ways, desc=f"deploying for batch {batch}", unit="runtime")
@@ -129,7 +129,7 @@ def measure(pair: Pair, dataset: Dataset, options: argparse.Namespace) -> list[d
             sides = {side: vars(summarise(samples[side, way], batch)) for side in SIDES}
             scores = {side: accuracies.get((side, way)) for side in SIDES}
             rows.append({"batch": batch, "way": way, **sides, "accuracy": scores, "load_average": load_average})
-    return rows
+    return sorted(rows, key=lambda row: options.batches.index(row["batch"]))
 
 
 def _in_blocks(
@@ -190,7 +190,7 @@ def table(content: Mapping[str, Any]) -> str:
     share = {key: sizes["compressed"][key] / sizes["dense"][key] for key in ("params", "flops")}
     notes = [
         f"{content['network']}, {content['image_size']} px: {share['params']:.1%} of the parameters, "
-        f"{share['flops']:.1%} of the FLOPs kept. Accuracy of the first {content['test_images']} test images.",
+        f"{share['flops']:.1%} of the FLOPs kept. Accuracy of {_of_images(content)} test images.",
         f"{found_by['machine']}, {found_by['threads']} threads, revision {found_by['git_revision']}; median of "
         f"{content['rounds']} interleaved rounds, both sides folded and with plans chosen by measurement.",
         f"Load average before the timings at most {max(row['load_average'] for row in content['rows']):.1f}.",
@@ -201,6 +201,12 @@ def table(content: Mapping[str, Any]) -> str:
     notes += _best_of_both(content["rows"])
     text = tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
     return text + "\n\n" + "\n".join(f"- {note}" for note in notes)
+
+
+def _of_images(content: Mapping[str, Any]) -> str:
+    """Which test images accuracy is of: files of before knew the first so many only."""
+    used = content["test_images"]
+    return f"all {used:,}" if used == content.get("all_test_images") else f"the first {used}"
 
 
 def _best_of_both(rows: list[dict[str, Any]]) -> list[str]:
@@ -227,13 +233,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0, 2 for bad input."""
     options = _parser().parse_args(arguments)
     try:
+        if options.test_images is not None and options.test_images < 1:
+            raise ValueError(f"--test-images must be at least 1, got {options.test_images}")
         pair = Pair.of(options)
         dataset = load(options.data, options.data_root, image_size=options.image_size)
         shape = tuple(next(dataset.test.batches(1)).images.shape[1:])
         content = {
             "network": pair.name,
             "image_size": options.image_size,
-            "test_images": min(options.test_images, len(dataset.test)),
+            "test_images": min(options.test_images or len(dataset.test), len(dataset.test)),
+            "all_test_images": len(dataset.test),
             "rounds": BLOCKS * -(-options.rounds // BLOCKS),
             "sizes": {n: {"params": count_params(m), "flops": count_flops(m, shape)} for n, m in pair.networks.items()},
             "rows": measure(pair, dataset, options),
@@ -262,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help=", ".join(WAYS))
     parser.add_argument("--rounds", type=int, default=15, help=f"at least, in {BLOCKS} blocks (default: 15)")
-    parser.add_argument("--test-images", type=int, default=1000, help="for the accuracies (default: 1000)")
+    parser.add_argument("--test-images", type=int, help="for the accuracies: the first so many (default: all)")
     parser.add_argument("--out", type=Path, help="default: results/runtimes-NETWORK")
     return parser
 

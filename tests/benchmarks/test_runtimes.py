@@ -43,6 +43,25 @@ def test_each_way_is_a_row_with_both_sides(files, capsys):
     assert "no checkpoint at missing.safetensors" in capsys.readouterr().err
 
 
+def test_accuracy_is_of_all_test_images_and_found_once_in_the_largest_batch(files, monkeypatch):
+    batches = []
+
+    def pieces(_model, batch):
+        batches.append(batch)
+
+    found = SimpleNamespace(accuracy=0.5)
+    monkeypatch.setattr(runtimes, "_on_batches", pieces)
+    monkeypatch.setattr(runtimes, "evaluate", lambda _m, _s, limit, **_: found if limit is None else None)
+    given = ["--compressed", str(files / "small.safetensors"), "--data", "digits", "--image-size", "32"]
+    given += ["--batches", "1", "2", "--ways", "torch float32", "--rounds", "1", "--out", str(files / "all")]
+    assert runtimes.main(given) == 0
+    assert batches == [2]
+    content = json.loads((files / "all" / "runtimes.json").read_text())
+    assert [(row["batch"], row["accuracy"]["compressed"]) for row in content["rows"]] == [(1, 0.5), (2, 0.5)]
+    assert f"Accuracy of all {content['test_images']:,} test images" in (files / "all" / "runtimes.md").read_text()
+    assert runtimes.main([*given, "--test-images", "0"]) == 2
+
+
 def test_sides_without_weights_are_timed_and_show_no_accuracy(files, capsys):
     given = ["--data", "digits", "--image-size", "32", "--batches", "2", "--ways", "onnxruntime float32"]
     given += ["--rounds", "2", "--test-images", "20", "--out", str(files / "random")]
