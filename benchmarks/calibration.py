@@ -28,7 +28,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.cifar_resnet import MEAN, STD, from_checkpoint, network_name
-from benchmarks.rows import command, mean_and_deviation, resumed
+from benchmarks.rows import command, resumed
 from common import data
 from common.compress import factorize
 from common.configuration import Configuration
@@ -36,6 +36,7 @@ from common.files import write_text
 from common.finetune import evaluate
 from common.provenance import provenance
 from common.ranks import CostMeasure, build_menus
+from common.reports import mean_and_deviation
 from common.search import (
     MenuCosts,
     Policy,

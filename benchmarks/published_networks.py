@@ -35,7 +35,7 @@ if __package__ in (None, ""):
 
 from benchmarks import peers
 from benchmarks.cifar_resnet import MEAN, STD, from_checkpoint, network_name
-from benchmarks.rows import command, mean_and_deviation, resumed
+from benchmarks.rows import command, resumed
 from common import data
 from common.compress import factorize, reconstruct
 from common.configuration import Configuration
@@ -46,6 +46,7 @@ from common.knobs import CALIBRATION_IMAGES
 from common.modules import copy_with, first_line
 from common.provenance import provenance
 from common.ranks import build_menus, meet_budget
+from common.reports import mean_and_deviation, seeds_behind
 from common.search import (
     CandidateFailed,
     Screener,
@@ -178,7 +179,6 @@ def table(content: Mapping[str, Any]) -> str:
         rows = [row for row in content["rows"] if (row["network"], row["epochs"]) == (network, epochs)]
         standard = standard_of(content, network, epochs)
         failures = {row["method"]: row["failed"] for row in rows if "failed" in row}
-        seeds = len({row["seed"] for row in rows})
         if not epochs:  # others' packages leave batch norms to the training that they are made for
             rows = [row for row in rows if row["method"] not in PEERS]
         budgets = sorted({row["budget"] for row in rows}, reverse=True)
@@ -192,9 +192,10 @@ def table(content: Mapping[str, Any]) -> str:
         ]
         heads = [f"{network}: points lost", *(f"{budget:.0%}" for budget in budgets)]
         parts.append(tabulate(lines, headers=heads, tablefmt="github", disable_numparse=True))
-        count = f"{seeds} seed{'s' if seeds > 1 else ''}"
         trained = f"{epochs} epochs of fine-tuning" if epochs else "No training"
-        parts.append(f"Columns are shares of the dense FLOPs. {count}; dense: {dense:.4f} on test. {trained}.")
+        parts.append(
+            f"Columns are shares of the dense FLOPs. {trained}. Dense: {dense:.4f} on test. {seeds_behind(rows)}"
+        )
         parts += [f"{method}: {reason}." for method, reason in failures.items()]
     if content["provenance"].get("peers"):
         parts.append("Peers: " + ", ".join(f"{n} {v}" for n, v in content["provenance"]["peers"].items()) + ".")

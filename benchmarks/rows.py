@@ -1,11 +1,10 @@
-"""Rows that a benchmark writes one by one: how its command ends and goes on, how several seeds become one cell."""
+"""Rows that a benchmark writes one by one: how its command ends and goes on."""
 
 from __future__ import annotations
 
 import json
-import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +60,3 @@ def resumed(target: Path, fresh: Mapping[str, Any]) -> dict[str, Any]:
     if known["provenance"]["git_revision"] != fresh["provenance"]["git_revision"]:
         raise ValueError(f"{target} is of revision {known['provenance']['git_revision']}: give another --out")
     return known
-
-
-def mean_and_deviation(values: Sequence[float]) -> str:
-    """Two decimals of the mean, and of the standard deviation where there are several; a dash for none."""
-    if not values:
-        return "-"
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")

@@ -7,7 +7,6 @@ writes it there.
 from __future__ import annotations
 
 import json
-import math
 import re
 import shlex
 import statistics
@@ -17,7 +16,18 @@ from typing import Any
 
 from tabulate import tabulate
 
-from common.reports import Candidate, Group, caption, choose, family, group_runs, render, standard
+from common.reports import (
+    Candidate,
+    Group,
+    caption,
+    choose,
+    family,
+    group_runs,
+    mean_and_deviation,
+    render,
+    seeds_behind,
+    standard,
+)
 
 HOPELESS = 50
 """Points lost by which an untrained network is one that waits for its training."""
@@ -231,21 +241,22 @@ def beside_others(content: Mapping[str, Any], network: str) -> str:
 
     def cell(method: str, epochs: int, budget: float) -> str:
         key = (method, epochs, budget)
-        found = [row["test_accuracy"] for row in rows if (row["method"], row["epochs"], row["budget"]) == key]
-        lost = 100 * ((trained if epochs else dense) - statistics.mean(found)) if found else math.inf
+        standard = trained if epochs else dense
+        lost = [
+            100 * (standard - row["test_accuracy"])
+            for row in rows
+            if (row["method"], row["epochs"], row["budget"]) == key
+        ]
         # Channels and ranks that were chosen without data wait for their training: what they lose before says nothing.
-        return "-" if not found or (epochs == 0 and lost > HOPELESS) else f"{lost:.2f}"
+        hopeless = lost and not epochs and statistics.mean(lost) > HOPELESS
+        return "-" if hopeless else mean_and_deviation(lost)
 
     methods = dict.fromkeys(row["method"] for row in rows)
     lines = [[method, *(cell(method, *column) for column in columns)] for method in methods]
     heads = [f"{budget:.0%}, {f'{epochs} epochs' if epochs else 'untrained'}" for epochs, budget in columns]
     table = tabulate(lines, headers=["points lost", *heads], tablefmt="github", disable_numparse=True)
     trained_on = f", trained on as long {statistics.mean(controls):.4f}" if controls else ""
-    counts = [
-        _seeds([row for row in rows if row["epochs"] == epochs]) for epochs in dict.fromkeys(e for e, _ in columns)
-    ]
-    seeds = " and ".join(dict.fromkeys(f"{count} seed{'s' if count > 1 else ''}" for count in counts))
-    return f"{table}\n\nDense: {dense:.4f}{trained_on}. Mean of {seeds}, in the columns' order; lower is better."
+    return f"{table}\n\nDense: {dense:.4f}{trained_on}. Lower is better. {seeds_behind(rows)}"
 
 
 def published_on_cifar10(published: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from .log_reader import SCHEMA, VERSION, ParsedLog, read_log, to_json
 from .runlog import RunLog
 from .runs import load_runs
 from .schema import record_problem
+from .seeds import mean_and_deviation, seeds_behind
 from .tables import (
     TIE_RULES,
     Candidate,
@@ -34,10 +35,12 @@ __all__ = [
     "group_runs",
     "is_accepted",
     "load_runs",
+    "mean_and_deviation",
     "pareto_front",
     "read_log",
     "record_problem",
     "render",
+    "seeds_behind",
     "standard",
     "to_json",
 ]

@@ -164,8 +164,8 @@ def test_methods_on_a_published_network_stand_beside_each_other():
     text = documents.beside_others({"rows": rows, "dense": {"N": 0.9, "other": 0.8}}, "N")
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     assert lines[0] == ["points lost", "50%, untrained", "50%, 3 epochs", "30%, 3 epochs"]
-    assert lines[2:] == [["ours", "3.00", "1.50", "21.00"], ["pruning", "-", "6.00", "-"]]
-    assert "Dense: 0.9000, trained on as long 0.9100. Mean of 2 seeds and 1 seed, in the columns' order" in text
+    assert lines[2:] == [["ours", "3.00 ± 1.41", "1.50", "21.00"], ["pruning", "-", "6.00", "-"]]
+    assert "Dense: 0.9000, trained on as long 0.9100. Lower is better. ±: of 2 seeds, else of one." in text
 
 
 COMMAND = re.compile(r"`((?:python|papermill|make|\.venv/bin/\w+) [^`\n]+)`|^((?:python|make) .*)$", re.MULTILINE)
