@@ -3,7 +3,7 @@
     python benchmarks/latency.py                                     # three networks, batch 1 and 16, 224 px
     python benchmarks/latency.py --models resnet18 --config uniform:0.25 --runtimes onnxruntime
     python benchmarks/latency.py --models vgg16 --config found.safetensors
-    python benchmarks/latency.py --models vgg16 --config results/mnist-224/vgg16-mnist-224-cpu-seed0.json:0.025-36
+    python benchmarks/latency.py --models vgg16 --config results/mnist-224/vgg16-mnist-224-cpu-seed0.json:0.0325-7
 
 Writes latency.json after every measured case, and tables and plots from it. The same command goes on where an
 interrupted one stopped. Weights are random unless a file is given: latency does not depend on them. Let nothing else

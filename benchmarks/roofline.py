@@ -1,7 +1,7 @@
 """Where the time of a network goes, layer by layer, and how far each is from what the machine can do at best.
 
     python benchmarks/roofline.py --model resnet18 --config results/mnist-224/resnet18-smallest-seed0.safetensors
-    python benchmarks/roofline.py --model vgg16 --config results/mnist-224/vgg16-mnist-224-cpu-seed0.json:0.025-36
+    python benchmarks/roofline.py --model vgg16 --config results/mnist-224/vgg16-smallest-seed0.safetensors
 
 Weights are random unless a file is given: times do not depend on them. Both sides, deployed alike, in onnxruntime and
 OpenVINO. Writes roofline.json, roofline.md and a figure per runtime and batch size. Let nothing else run at the time.

@@ -7,7 +7,7 @@ Both sides get every runtime: a speed-up is that of the same runtime and precisi
 over the fastest dense network in float32 of all runtimes. Test accuracy stands beside each, since quantisation costs
 some. Where a side's weights are not at hand, random ones have the same speed, and no accuracy is shown of it:
 
-    python benchmarks/runtimes.py --model vgg16 --compressed results/mnist-224/vgg16-mnist-224-cpu-seed0.json:0.025-36
+    python benchmarks/runtimes.py --model vgg16 --compressed results/mnist-224/vgg16-mnist-224-cpu-seed0.json:0.0325-7
 
 Let nothing else run at the time.
 """
