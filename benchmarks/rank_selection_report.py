@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from tabulate import tabulate
 
 from common.files import write_text
-from common.reports import plots
+from common.reports import mean_and_deviation, plots
 
 HYPERVOLUME_BELOW = 0.1
 """How far below the dense network's accuracy the hypervolume starts to count."""
@@ -150,10 +150,7 @@ def note(rows: Sequence[Mapping[str, Any]], dense: float) -> str:
 def mean_spread(rows: Sequence[Mapping[str, Any]], key: str, form: str = "{:.4f}") -> str:
     """Mean ± standard deviation of what was measured."""
     values = [row[key] for row in rows if row.get(key) is not None]
-    if not values:
-        return "failed" if rows else "-"
-    mean = form.format(statistics.mean(values))
-    return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
+    return "failed" if rows and not values else mean_and_deviation(values, form)
 
 
 def hypervolume(points: Sequence[tuple[float, float]], floor: float) -> float:

@@ -167,21 +167,11 @@ def fine_tuned(content: Mapping[str, Any]) -> str:
     lines = []
     for name in dict.fromkeys(row["name"] for row in rows):
         values = [[r["test_accuracy"] for r in rows if (r["name"], r["budget"]) == (name, b)] for b in budgets]
-        lines.append([name, *(_mean_spread(found) for found in values)])
+        lines.append([name, *(mean_and_deviation(found, "{:.4f}") for found in values)])
     heads = ["ranks from", *(f"{budget:.0%} of the FLOPs" for budget in budgets)]
     table = tabulate(lines, headers=heads, tablefmt="github", disable_numparse=True)
-    return f"{table}\n\nDense: {content['dense_test']:.4f}. Mean ± standard deviation of {_seeds(rows)} seeds."
-
-
-def _mean_spread(values: Sequence[float]) -> str:
-    if not values:
-        return "-"
-    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{spread}"
-
-
-def _seeds(rows: Sequence[Mapping[str, Any]]) -> int:
-    return len({row["seed"] for row in rows})
+    seeds = len({row["seed"] for row in rows})
+    return f"{table}\n\nDense: {content['dense_test']:.4f}. Mean ± standard deviation of {seeds} seeds."
 
 
 def origin(runs: Sequence[Run]) -> str:
@@ -241,9 +231,9 @@ def beside_others(content: Mapping[str, Any], network: str) -> str:
 
     def cell(method: str, epochs: int, budget: float) -> str:
         key = (method, epochs, budget)
-        standard = trained if epochs else dense
+        reference = trained if epochs else dense
         lost = [
-            100 * (standard - row["test_accuracy"])
+            100 * (reference - row["test_accuracy"])
             for row in rows
             if (row["method"], row["epochs"], row["budget"]) == key
         ]
@@ -313,11 +303,7 @@ def _figures(candidate: Candidate) -> list[str]:
 
 def _spread(candidates: Sequence[Candidate]) -> list[str]:
     columns = zip(*map(_values, candidates), strict=True)
-    return [
-        f"{form.format(statistics.mean(v for v, _ in column))} ± {form.format(statistics.stdev(v for v, _ in column))}"
-        for column in map(list, columns)
-        for form in [column[0][1]]
-    ]
+    return [mean_and_deviation([value for value, _ in column], column[0][1]) for column in columns]
 
 
 def search_costs(runs: Sequence[Run], published: Mapping[str, Any]) -> str:
