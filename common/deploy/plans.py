@@ -32,6 +32,10 @@ HOPELESS = 1.5
 
 FIRST_ROUNDS = 3
 
+HOPELESS_AT_A_LOOK = 4.0
+"""Before those rounds everything is called a few times; what is slower by this factor is left at that one sample. A
+dense layer beside its compressed plans takes most of the time of all rounds, and its place is clear at once."""
+
 Samples = Mapping[str, Sequence[float]]
 Measure = Callable[[Mapping[str, nn.Module], Tensor], Samples]
 """Times the modules, by name, on one input: seconds PER BATCH of each round."""
@@ -218,7 +222,7 @@ def timer(prepare: Callable[[nn.Module, Tensor], Callable], *, rounds: int, thre
 
     Args:
         prepare: makes of a module and its input what will be called: the module itself, a session of another runtime.
-        rounds: timed rounds of the modules that are in the running; the others have FIRST_ROUNDS.
+        rounds: timed rounds of the modules that are in the running; the others have FIRST_ROUNDS or fewer.
         threads: torch's own threads while measuring.
     """
 
@@ -233,14 +237,25 @@ def interleaved(runs: Mapping[Any, Callable], inputs: Inputs, *, rounds: int, th
     """Seconds PER BATCH of each way to run the inputs, by its name, round by round.
 
     Args:
-        rounds: of those in the running; hopeless ones have FIRST_ROUNDS.
+        rounds: of those in the running; hopeless ones have FIRST_ROUNDS, or one where a look was enough.
         threads: torch's own threads while measuring.
     """
+    samples = {}
+    if len(runs) > 1 and rounds > 1:
+        samples = latency_samples(runs, inputs, rounds=1, warmup=1, threads=threads)
+        runs = _in_the_running(runs, samples, HOPELESS_AT_A_LOOK)
     first = min(rounds, FIRST_ROUNDS)
-    samples = latency_samples(runs, inputs, rounds=first, threads=threads)
-    limit = HOPELESS * min(statistics.median(values) for values in samples.values())
-    running = {name: runs[name] for name in runs if statistics.median(samples[name]) <= limit}
-    if rounds > first and len(running) > 1:
-        for name, values in latency_samples(running, inputs, rounds=rounds - first, threads=threads).items():
+    # A first look comes cold: of what stays in the running it is no sample.
+    samples |= latency_samples(runs, inputs, rounds=first, threads=threads)
+    runs = _in_the_running(runs, samples, HOPELESS)
+    if rounds > first and len(runs) > 1:
+        for name, values in latency_samples(runs, inputs, rounds=rounds - first, threads=threads).items():
             samples[name] += values
     return samples
+
+
+def _in_the_running(runs: Mapping[Any, Callable], samples: Samples, factor: float) -> dict[Any, Callable]:
+    """Those no slower than the fastest of all by the factor, in their order."""
+    medians = {name: statistics.median(samples[name]) for name in runs}
+    limit = factor * min(medians.values())
+    return {name: run for name, run in runs.items() if medians[name] <= limit}

@@ -103,10 +103,7 @@ class TrainingWorker:
 
     def __init__(self, common: Finetuning, storage: Storage | None, threads: int) -> None:
         torch.set_num_threads(threads)
-        self._common, self._storage, self._own = common, storage, None
-        if storage is not None:
-            self._own = tempfile.TemporaryDirectory(prefix="htd-worker-")
-            self._common = replace(common, folder=Path(self._own.name))
+        self._common, self._storage = common, storage
 
     def process(self) -> int:
         return os.getpid()
@@ -117,14 +114,12 @@ class TrainingWorker:
     def until(self, record: Record, epoch: int | None) -> tuple[str, dict[str, Any]]:
         if self._storage is None:
             return record["trial"], self._common.until(record, epoch)
-        stem, folder = stem_of(record), self._common.folder
-        self._storage.fetch(stem, folder)
-        try:
-            found = self._common.until(record, epoch)
+        # A folder of its own for every candidate: a worker is killed in the end, and would leave one of all behind.
+        with tempfile.TemporaryDirectory(prefix="htd-worker-") as name:
+            stem, folder = stem_of(record), Path(name)
+            self._storage.fetch(stem, folder)
+            found = replace(self._common, folder=folder).until(record, epoch)
             self._storage.send(stem, folder)
-        finally:
-            for path in folder.glob(f"{stem}.*"):
-                path.unlink()
         return record["trial"], found
 
 

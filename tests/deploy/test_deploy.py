@@ -12,7 +12,7 @@ from common.compress.layers import MATRIX_PLANS, PLANS
 from common.compress.trace import LayerTrace
 from common.configuration import KernelRanks, MatrixRanks
 from common.deploy import Target, choose, deploy, fold_batch_norm, median_and_error, plain_layer, timer
-from common.deploy.plans import FIRST_ROUNDS, PlanTiming, choose_plans, fastest, fewest_flops, plan_flops
+from common.deploy.plans import FIRST_ROUNDS, PlanTiming, choose_plans, fastest, fewest_flops, interleaved, plan_flops
 from common.deploy.runtimes import compiled, cuda_graph
 from common.models import build_model
 from common.modules import copy_with
@@ -379,14 +379,33 @@ def test_standard_error_of_the_median_grows_with_the_spread_and_shrinks_with_the
     assert median_and_error(wide * 9)[1] == pytest.approx(median_and_error(wide)[1] / 3, rel=0.3)
 
 
-def test_timer_gives_up_on_hopeless_plans(monkeypatch):
-    def fake_samples(runs, inputs, *, rounds, threads):
-        return {name: [seconds] * rounds for name, seconds in runs.items()}
+def as_given(runs, _inputs, *, rounds, **_options):
+    """In place of a timing of modules: the seconds that stand where the modules would."""
+    return {name: [seconds] * rounds for name, seconds in runs.items()}
 
-    monkeypatch.setattr("common.deploy.plans.latency_samples", fake_samples)
+
+def test_timer_gives_up_on_hopeless_plans(monkeypatch):
+    monkeypatch.setattr("common.deploy.plans.latency_samples", as_given)
     speeds = {"fast": 1.0, "near": 1.4, "hopeless": 1.6}
     samples = timer(lambda module, _: module, rounds=9, threads=None)(speeds, torch.zeros(1))
     assert {name: len(values) for name, values in samples.items()} == {"fast": 9, "near": 9, "hopeless": FIRST_ROUNDS}
+
+
+def test_timer_calls_a_module_that_is_many_times_as_slow_but_a_few_times(monkeypatch):
+    monkeypatch.setattr("common.deploy.plans.latency_samples", as_given)
+    speeds = {"dense": 5.0, "fast": 1.0, "slow": 3.0}
+    samples = timer(lambda module, _: module, rounds=9, threads=None)(speeds, torch.zeros(1))
+    assert {name: len(values) for name, values in samples.items()} == {"dense": 1, "fast": 3, "slow": FIRST_ROUNDS}
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 9])
+def test_what_was_looked_at_cold_is_no_sample_of_what_is_timed_on(monkeypatch, rounds):
+    def slow_at_first(runs, _inputs, *, rounds, warmup=3, **_options):
+        return {name: [1.0 if warmup > 1 else 3.0] * rounds for name in runs}
+
+    monkeypatch.setattr("common.deploy.plans.latency_samples", slow_at_first)
+    samples = interleaved({"one": None, "other": None}, torch.zeros(1), rounds=rounds, threads=None)
+    assert samples == {"one": [1.0] * rounds, "other": [1.0] * rounds}
 
 
 def timed_as(seconds):

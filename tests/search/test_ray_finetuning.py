@@ -6,7 +6,9 @@ import random
 import shutil
 import signal
 import threading
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ from common.models import load_compressed
 from common.reports import RunLog
 from common.search import AcceptanceRule, BatchTrainer, Finetuning, finetune_with
 from common.search.executor import LocalExecutor
+from common.search.finetuning import stem_of
 from common.search.ray_executor import TrainingWorker
+from common.search.storage import Storage
 
 pytest.importorskip("ray")
 pytestmark = [pytest.mark.apart, pytest.mark.xdist_group("ray")]
@@ -118,6 +122,33 @@ def test_a_storage_takes_the_place_of_a_common_folder(workers, finetune, local, 
     left = {path.name for path in (tmp_path / "storage").iterdir()}
     assert not {name for name in left if name.startswith("partial-")}
     assert not {one.path.with_suffix(".unfinished.pt").name for one in found} & left
+
+
+@dataclass(frozen=True)
+class WritesAFile:
+    """In place of `Finetuning`: an epoch is a file, or an error."""
+
+    folder: Path
+    error: Exception | None = None
+
+    def until(self, record, _epoch):
+        (self.folder / f"{stem_of(record)}.epochs.json").write_text("[1]")
+        if self.error is not None:
+            raise self.error
+        return {}
+
+
+@pytest.mark.parametrize("error", [None, ArithmeticError("a loss that is no number")])
+def test_a_worker_with_a_storage_leaves_nothing_on_its_own_machine(tmp_path, monkeypatch, error):
+    own, record = tmp_path / "own", {"trial": "0.5-0"}
+    own.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(own))
+    storage = Storage(str(tmp_path / "storage"))
+    worker = TrainingWorker(WritesAFile(tmp_path, error), storage, torch.get_num_threads())
+    with pytest.raises(ArithmeticError) if error else nullcontext():
+        worker.until(record, 1)
+    assert not list(own.iterdir())
+    assert (tmp_path / "storage" / f"{stem_of(record)}.epochs.json").exists() == (error is None)
 
 
 def test_a_folder_that_workers_do_not_see_is_named(workers, screener, trainer, tmp_path):
