@@ -3,8 +3,11 @@
     python benchmarks/roofline.py --model resnet18 --config results/mnist-224/resnet18-smallest-seed0.safetensors
     python benchmarks/roofline.py --model vgg16 --config results/mnist-224/vgg16-smallest-seed0.safetensors
 
+    python benchmarks/roofline.py --model resnet18 --config ... --precision int8
+
 Weights are random unless a file is given: times do not depend on them. Both sides, deployed alike, in onnxruntime and
-OpenVINO. Writes roofline.json, roofline.md and a figure per runtime and batch size. Let nothing else run at the time.
+OpenVINO; in int8 in OpenVINO alone, whose kernels say what they move. Writes roofline.json, roofline.md and a figure
+per runtime and batch size. Let nothing else run at the time.
 """
 
 from __future__ import annotations
@@ -31,28 +34,47 @@ if __package__ in (None, ""):
 from benchmarks.latency import Network, add_network_options
 from common.cost import measure_latency
 from common.deploy import deploy
-from common.deploy.profile import PROFILED, Roofline, profile, roofline
+from common.deploy.profile import IN_INT8, PROFILED, Roofline, profile, roofline
 from common.files import atomic_path, write_text
 from common.provenance import provenance
 
 SIDES = ("dense", "compressed")
 SHOWN_LAYERS = 8
 
+CALIBRATION = 8
+"""Images whose ranges int8 takes: its speed does not depend on them."""
+
 
 def measure(
-    networks: Mapping[str, nn.Module], images: Tensor, limits: Roofline, runtime: str, rounds: int
+    networks: Mapping[str, nn.Module],
+    images: Tensor,
+    limits: Roofline,
+    runtime: str,
+    rounds: int,
+    int8: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Both sides' kernels at a batch size, each with its limit, and the time of a whole batch without a profiler."""
-    deployed = {side: deploy(network, images, runtime=runtime, rounds=rounds) for side, network in networks.items()}
+    """Both sides' kernels at a batch size, each with its limit, and the time of a whole batch without a profiler.
+
+    int8: calibration images, for both sides in int8.
+    """
+    deployed = {
+        side: deploy(network, images, runtime=runtime, rounds=rounds, int8=int8) for side, network in networks.items()
+    }
     whole = measure_latency({side: one.run for side, one in deployed.items()}, images, rounds=rounds)
     kernels = {
         side: [
             asdict(kernel) | {"limit": limits.seconds(kernel)}
-            for kernel in profile(one.model, images, runtime=runtime, rounds=rounds)
+            for kernel in profile(one.model, images, runtime=runtime, rounds=rounds, int8=int8)
         ]
         for side, one in deployed.items()
     }
-    return {"runtime": runtime, "batch": len(images), "seconds": whole, "kernels": kernels}
+    precision = "float32" if int8 is None else "int8"
+    return {"runtime": runtime, "precision": precision, "batch": len(images), "seconds": whole, "kernels": kernels}
+
+
+def _way(row: Mapping[str, Any]) -> str:
+    """A row's runtime, and its precision where that is not float32; files of before know no other."""
+    return row["runtime"] if row.get("precision", "float32") == "float32" else f"{row['runtime']} {row['precision']}"
 
 
 def by_layer(kernels: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
@@ -83,7 +105,7 @@ def table(content: Mapping[str, Any]) -> str:
             worst = sorted(layers, key=lambda name: layers[name][1] - layers[name][0])[:SHOWN_LAYERS]
             lines.append(
                 [
-                    row["runtime"],
+                    _way(row),
                     row["batch"],
                     side,
                     f"{1e3 * seconds:.2f}",
@@ -100,7 +122,7 @@ def table(content: Mapping[str, Any]) -> str:
                     for name in worst
                     if layers[name][0] > layers[name][1]
                 )
-                notes.append(f"{row['runtime']}, batch {row['batch']}, ms above the limit: {lost}.")
+                notes.append(f"{_way(row)}, batch {row['batch']}, ms above the limit: {lost}.")
     heads = ["runtime", "batch", "network", "ms", "in kernels", "limit", "reached", "limit of arithmetic", "kernels"]
     facts, machine = content["provenance"], content["machine"]
     peaks = ", ".join(
@@ -134,7 +156,7 @@ def figure(row: Mapping[str, Any], network: str) -> Figure:
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("ms per batch")
-    axes.set_title(f"{network}, batch {row['batch']}, {row['runtime']}")
+    axes.set_title(f"{network}, batch {row['batch']}, {_way(row)}")
     axes.legend(fontsize=8)
     return result
 
@@ -145,13 +167,18 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         given = Network.of(options)
         networks = {"dense": given.dense, "compressed": given.compressed}
-        limits = {runtime: roofline(runtime, rounds=options.rounds) for runtime in options.runtimes}
+        int8 = options.precision == "int8"
+        runtimes = options.runtimes or (IN_INT8 if int8 else PROFILED)
+        if int8 and set(runtimes) != set(IN_INT8):
+            raise ValueError(f"--precision int8 is of {', '.join(IN_INT8)} alone; got --runtimes {' '.join(runtimes)}")
+        limits = {runtime: roofline(runtime, rounds=options.rounds, int8=int8) for runtime in runtimes}
         torch.manual_seed(0)
+        ranges = torch.randn(CALIBRATION, 3, options.image_size, options.image_size) if int8 else None
         rows = []
-        for runtime in options.runtimes:
+        for runtime in runtimes:
             for batch in options.batches:
                 images = torch.randn(batch, 3, options.image_size, options.image_size)
-                rows.append(measure(networks, images, limits[runtime], runtime, options.rounds))
+                rows.append(measure(networks, images, limits[runtime], runtime, options.rounds, ranges))
         content = {
             "network": given.name,
             "config": given.config,
@@ -168,7 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
     write_text(out / "roofline.json", json.dumps(content) + "\n")
     write_text(out / "roofline.md", table(content) + "\n")
     for row in rows:
-        with atomic_path(out / f"{row['runtime']}-batch{row['batch']}.png") as path:
+        with atomic_path(out / f"{_way(row).replace(' ', '-')}-batch{row['batch']}.png") as path:
             figure(row, given.name).savefig(path, dpi=130)
         plt.close("all")
     print(table(content))
@@ -179,7 +206,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_network_options(parser)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--runtimes", nargs="+", choices=PROFILED, default=list(PROFILED))
+    parser.add_argument("--runtimes", nargs="+", choices=PROFILED, help="default: all that can")
+    parser.add_argument("--precision", choices=["float32", "int8"], default="float32", help="int8: of openvino alone")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, help="default: results/roofline-NETWORK")
     return parser

@@ -28,8 +28,12 @@ from ..inputs import Inputs
 from .onnx_export import onnx_bytes, onnx_session
 from .openvino_run import openvino_model, openvino_session
 from .packages import package
+from .quantise import quantised_onnx, quantised_openvino
 
 PROFILED = ("onnxruntime", "openvino")
+
+IN_INT8 = ("openvino",)
+"""Of these, the runtimes whose kernels say what weights they hold in int8."""
 
 FLOAT_BYTES = 4
 
@@ -46,7 +50,7 @@ class Kernel:
         kind: of operation, as the runtime says.
         seconds: PER BATCH, median.
         flops: multiply-accumulates of a batch, padding included that the runtime adds.
-        bytes: read and written, weights included, if each is moved once.
+        bytes: read and written, weights included, in the precision that they are in, if each is moved once.
     """
 
     name: str
@@ -55,6 +59,30 @@ class Kernel:
     seconds: float
     flops: int
     bytes: int
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """A tensor that a kernel reads or writes."""
+
+    shape: tuple[int, ...]
+    element_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.element_bytes
+
+
+@dataclass(frozen=True)
+class _Observed:
+    """What a runtime says of a kernel; `others`: names of what it stands for as well."""
+
+    name: str
+    others: Sequence[str]
+    kind: str
+    inputs: Sequence[_Moved]
+    outputs: Sequence[_Moved]
+    seconds: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -85,7 +113,13 @@ class Roofline:
 
 
 def profile(
-    model: nn.Module, example: Inputs, *, runtime: str = "onnxruntime", threads: int | None = None, rounds: int = 20
+    model: nn.Module,
+    example: Inputs,
+    *,
+    runtime: str = "onnxruntime",
+    threads: int | None = None,
+    rounds: int = 20,
+    int8: Inputs | None = None,
 ) -> list[Kernel]:
     """The kernels that a runtime executes for a batch, in its order.
 
@@ -95,41 +129,47 @@ def profile(
         runtime: one of PROFILED.
         threads: None: as many as torch uses in this process.
         rounds: batches whose median is taken.
+        int8: calibration images: of the network in int8, quantised with their ranges, in OpenVINO.
 
     Raises:
-        ValueError: a runtime that says nothing of its kernels.
+        ValueError: a runtime that says nothing of its kernels, or of their weights in int8, or that cannot quantise
+            the network.
     """
     if runtime not in PROFILED:
         raise ValueError(f"runtime must be one of {', '.join(PROFILED)}; got {runtime!r}")
+    if int8 is not None and runtime not in IN_INT8:
+        raise ValueError(f"in int8 {runtime} says nothing of its kernels' weights; use runtime={IN_INT8[0]!r}")
     graph = onnx_bytes(model, example)
     layers = _layers_of(graph)
-    measured = (_onnxruntime if runtime == "onnxruntime" else _openvino)(graph, example, threads, rounds)
+    if runtime == "onnxruntime":
+        measured = _onnxruntime(graph, example, threads, rounds)
+    else:
+        measured = _openvino(_openvino_graph(graph, int8), example, threads, rounds)
     return [
         Kernel(
-            name,
-            next((layers[one] for one in _names(name, others) if one in layers), ""),
-            kind,
-            statistics.median(seconds),
-            _flops(kind, inputs, outputs),
-            FLOAT_BYTES * sum(math.prod(shape) for shape in (*inputs, *outputs)),
+            one.name,
+            next((layers[name] for name in _names(one) if name in layers), ""),
+            one.kind,
+            statistics.median(one.seconds),
+            _flops(one),
+            sum(moved.bytes for moved in (*one.inputs, *one.outputs)),
         )
-        for name, others, kind, inputs, outputs, seconds in measured
+        for one in measured
     ]
 
 
-def roofline(runtime: str, threads: int | None = None, *, rounds: int = 10) -> Roofline:
-    """Measure the peak of large convolutions in a runtime, and the speed of copies of all sizes."""
+def roofline(runtime: str, threads: int | None = None, *, rounds: int = 10, int8: bool = False) -> Roofline:
+    """Measure the peak of large convolutions in a runtime, in float32 or int8, and the speed of copies of all sizes."""
     threads = threads or torch.get_num_threads()
     peak = 0.0
     for channels, side, window in ((128, 56, 3), (256, 28, 3), (512, 14, 3), (512, 28, 1)):
         layer = nn.Conv2d(channels, channels, window, padding=window // 2, bias=False).requires_grad_(False)
         images = torch.randn(8, channels, side, side)
         graph = onnx_bytes(layer.eval(), images)
-        run = (
-            onnx_session(graph, threads)
-            if runtime == "onnxruntime"
-            else openvino_session(openvino_model(graph), threads)
-        )
+        if runtime == "onnxruntime":
+            run = onnx_session(quantised_onnx(graph, images) if int8 else graph, threads)
+        else:
+            run = openvino_session(_openvino_graph(graph, images if int8 else None), threads)
         seconds = measure_latency({"peak": run}, images, rounds=rounds, threads=threads)["peak"]
         peak = max(peak, layer.weight.numel() * 8 * side**2 / seconds)
     return Roofline(peak, tuple((size, _copy_speed(size, threads, rounds)) for size in COPIED_BYTES))
@@ -148,7 +188,12 @@ def _copy_speed(size: int, threads: int, rounds: int) -> float:
     return repeats * size / measure_latency({"copy": copies}, source, rounds=rounds, threads=threads)["copy"]
 
 
-def _onnxruntime(graph: bytes, example: Inputs, threads: int | None, rounds: int) -> list[tuple]:
+def _openvino_graph(graph: bytes, int8: Inputs | None) -> Any:
+    model = openvino_model(graph)
+    return model if int8 is None else quantised_openvino(model, int8)
+
+
+def _onnxruntime(graph: bytes, example: Inputs, threads: int | None, rounds: int) -> list[_Observed]:
     onnxruntime = package("onnxruntime", "onnx")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads or torch.get_num_threads(), 1
@@ -171,25 +216,24 @@ def _onnxruntime(graph: bytes, example: Inputs, threads: int | None, rounds: int
             times[name].append(event["dur"] / 1e6)
             facts[name] = event["args"]
 
-    def shapes(entries: Sequence[Mapping[str, list[int]]]) -> list[list[int]]:
-        return [shape for entry in entries for shape in entry.values()]
+    def moved(entries: Sequence[Mapping[str, list[int]]]) -> list[_Moved]:
+        return [_Moved(tuple(shape), FLOAT_BYTES) for entry in entries for shape in entry.values()]
 
     return [
-        (
+        _Observed(
             name,
             (),
             fact["op_name"],
-            shapes(fact["input_type_shape"]),
-            shapes(fact["output_type_shape"]),
+            moved(fact["input_type_shape"]),
+            moved(fact["output_type_shape"]),
             times[name][2:],
         )
         for name, fact in facts.items()
     ]
 
 
-def _openvino(graph: bytes, example: Inputs, threads: int | None, rounds: int) -> list[tuple]:
+def _openvino(model: Any, example: Inputs, threads: int | None, rounds: int) -> list[_Observed]:
     openvino = package("openvino", "openvino")
-    model = openvino_model(graph)
     feed = {
         port.any_name: leaf.contiguous().numpy() for port, leaf in zip(model.inputs, tree_leaves(example), strict=True)
     }
@@ -210,19 +254,21 @@ def _openvino(graph: bytes, example: Inputs, threads: int | None, rounds: int) -
         if node.friendly_name not in times:
             continue
         facts = node.get_rt_info()
-        inputs = [list(port.get_partial_shape().to_shape()) for port in node.inputs()]
-        outputs = [list(port.get_partial_shape().to_shape()) for port in node.outputs()]
+        inputs, outputs = (
+            [_Moved(tuple(port.get_partial_shape().to_shape()), port.get_element_type().size) for port in ports]
+            for ports in (node.inputs(), node.outputs())
+        )
         kind = str(facts["layerType"].astype(str))
         others = str(facts["originalLayersNames"].astype(str)).split(",")
-        found.append((node.friendly_name, others, kind, inputs, outputs, times[node.friendly_name]))
+        found.append(_Observed(node.friendly_name, others, kind, inputs, outputs, times[node.friendly_name]))
     return found
 
 
-def _flops(kind: str, inputs: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]) -> int:
+def _flops(kernel: _Observed) -> int:
     """Multiply-accumulates: each element of the output takes its channel's share of the weight."""
-    if not re.search("conv|gemm|matmul|fullyconnected", kind, re.IGNORECASE) or len(inputs) < 2:
+    if not re.search("conv|gemm|matmul|fullyconnected", kernel.kind, re.IGNORECASE) or len(kernel.inputs) < 2:
         return 0
-    output, weight = outputs[0], inputs[1]
+    output, weight = kernel.outputs[0].shape, kernel.inputs[1].shape
     channels = output[1] if len(output) > 2 else output[-1]
     return math.prod(output) * math.prod(weight) // channels
 
@@ -241,6 +287,7 @@ def _layers_of(graph: bytes) -> dict[str, str]:
     return layers
 
 
-def _names(name: str, others: Sequence[str]) -> list[str]:
+def _names(kernel: _Observed) -> list[str]:
     """What a kernel may be called in the graph: runtimes add to the names of nodes and of outputs."""
-    return [re.sub(r"(_nchwc|_token_\d+|/WithoutBiases|_kernel_time)+$", "", one) for one in (name, *others)]
+    ends = r"(_nchwc|_token_\d+|/WithoutBiases|/DequantizationMultiply|_kernel_time|_quant)+$"
+    return [re.sub(ends, "", one) for one in (kernel.name, *kernel.others)]

@@ -41,6 +41,28 @@ def test_kernels_do_the_networks_arithmetic_layer_by_layer(runtime):
     assert sum(kernel.bytes for kernel in kernels if kernel.layer == "0") >= least
 
 
+def test_in_int8_kernels_do_the_same_arithmetic_and_move_a_quarter_of_the_bytes():
+    pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+    model, images = network(), torch.randn(4, 3, 16, 16)
+    floats = profile(model, images, runtime="openvino", rounds=2)
+    small = profile(model, images, runtime="openvino", rounds=2, int8=torch.randn(8, 3, 16, 16))
+
+    def of(kernels, layer):
+        return [kernel for kernel in kernels if kernel.layer == layer and kernel.flops]
+
+    for layer in ("0", "2"):
+        [one], [other] = of(floats, layer), of(small, layer)
+        assert one.flops == other.flops
+        assert other.bytes == pytest.approx(one.bytes / 4, rel=0.02)  # biases stay in float32
+    assert of(small, "6")
+
+
+def test_in_int8_a_runtime_that_hides_its_weights_is_named():
+    with pytest.raises(ValueError, match="runtime='openvino'"):
+        profile(network(), torch.randn(1, 3, 16, 16), runtime="onnxruntime", int8=torch.randn(1, 3, 16, 16))
+
+
 def test_a_compressed_networks_stages_are_counted_with_their_layer():
     pytest.importorskip("openvino")
     model, images = network(), torch.randn(2, 3, 16, 16)
@@ -63,8 +85,11 @@ def test_the_limit_is_the_slower_of_arithmetic_and_traffic():
     assert machine.bytes_per_second(10_000) == pytest.approx(2.5e9)
 
 
-def test_a_machines_limits_are_measured():
-    found = roofline("onnxruntime", 1, rounds=1)
+@pytest.mark.parametrize(("runtime", "int8"), [("onnxruntime", False), ("openvino", True)])
+def test_a_machines_limits_are_measured(runtime, int8):
+    if int8:
+        pytest.importorskip("nncf")
+    found = roofline(runtime, 1, rounds=1, int8=int8)
     assert 1e8 < found.flops_per_second < 1e13
     assert all(1e8 < speed < 1e13 for _, speed in found.copies)
 
