@@ -8,6 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import astuple
+from functools import lru_cache
+
+import numpy as np
+import torch
 
 from ..compress import Factors, ModelFactors
 from ..configuration import Configuration, KernelRanks, MatrixRanks, Ranks
@@ -80,9 +84,18 @@ def vbmf(factors: ModelFactors, scale: float = 1.0) -> Configuration:
 def _vbmf_ranks(layer: Factors) -> tuple[int, ...]:
     ranks = []
     for edge in _edges(layer):
-        values = layer.edge_energies(edge).sqrt().cpu().numpy()
-        ranks.append(max(1, evbmf_from_singular_values(values, _edge_shape(layer, edge)).rank))
+        values = layer.edge_energies(edge).sqrt().to("cpu", torch.float64).numpy()
+        ranks.append(max(1, _vbmf_rank(values.tobytes(), _edge_shape(layer, edge))))
     return tuple(ranks)
+
+
+@lru_cache(maxsize=4096)
+def _vbmf_rank(singular_values: bytes, shape: tuple[int, int]) -> int:
+    """The rank of one matricization: whoever turns the rule's knob asks for the same ones again and again.
+
+    singular_values: (min(shape),) in float64, as bytes, which can be looked up.
+    """
+    return evbmf_from_singular_values(np.frombuffer(singular_values, dtype=np.float64), shape).rank
 
 
 def _edges(layer: Factors) -> tuple[str, ...]:

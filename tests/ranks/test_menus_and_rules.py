@@ -19,6 +19,7 @@ from common.ranks import (
     vbmf,
     worthwhile,
 )
+from common.ranks.evbmf import evbmf_from_singular_values
 from common.ranks.menus import NARROW, RANK_MULTIPLE, WIDE_FROM
 
 FRACTIONS = (1e-6, 0.03, 0.2, 0.5, 0.77, 1.0)
@@ -176,9 +177,7 @@ def test_energy_keeps_its_threshold_on_the_leaf_edges_with_the_least_ranks(weigh
 @pytest.mark.parametrize("rule", sorted(RULES))
 @pytest.mark.parametrize("budget", [0.4, 0.2])
 @pytest.mark.parametrize("cost", [CostMeasure(), CostMeasure(flops=0, params=1)])
-def test_a_rule_comes_up_to_its_budget_and_not_beyond(monkeypatch, factors, weight_only, rule, budget, cost):
-    found_once = {layer.name: rules._vbmf_ranks(layer) for layer in weight_only.layers.values()}
-    monkeypatch.setattr(rules, "_vbmf_ranks", lambda layer: found_once[layer.name])
+def test_a_rule_comes_up_to_its_budget_and_not_beyond(factors, weight_only, rule, budget, cost):
 
     def share(config):
         return cost.share(factors.flops(config), factors.params(config), factors)
@@ -190,6 +189,20 @@ def test_a_rule_comes_up_to_its_budget_and_not_beyond(monkeypatch, factors, weig
     knobs = [low * (high / low) ** (i / 200) for i in range(201)]
     shares = [share(worthwhile(factors, make(weight_only, knob), cost)) for knob in knobs]
     assert share(found) >= max(s for s in shares if s <= budget) - 0.03
+
+
+def test_vbmf_looks_at_every_matricization_once_however_often_its_knob_is_turned(monkeypatch, weight_only):
+    looked = []
+
+    def counted(values, shape):
+        looked.append(shape)
+        return evbmf_from_singular_values(values, shape)
+
+    monkeypatch.setattr(rules, "evbmf_from_singular_values", counted)
+    rules._vbmf_rank.cache_clear()
+    meet_budget("vbmf", weight_only, 0.5)
+    edges = sum(1 if layer.is_matrix else 3 for layer in weight_only.layers.values())
+    assert 0 < len(looked) <= edges
 
 
 def test_a_layer_that_would_cost_more_than_dense_is_left_dense(factors):
