@@ -17,7 +17,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -172,42 +172,48 @@ def ablation_choice(
     return config, screener.screen(worthwhile(bench.factors(bases), config)).accuracy
 
 
-def rows(bench: Bench, done: Callable[[dict[str, Any]], bool]) -> Iterator[dict[str, Any]]:
-    """The rows that are not done yet, one at a time."""
-    dense = bench.factors("both")
-    for budget in bench.options.budgets:
-        head = {"seed": bench.seed, "budget": budget}
-        for name in (*RULES, *SAMPLERS, NO_UPDATE, AS_MANY_PASSES):
-            row = {**head, "table": "rules", "name": name}
-            if done(row):
-                continue
-            started, kind = time.perf_counter(), name.split(",")[0]
-            if name in RULES:
-                config, found, evaluations = rule_choice(bench, name, budget)
-            else:
-                rate = 0.0 if name == NO_UPDATE else UPDATE_RATE
-                more = round(bench.sensitivity_passes / bench.candidate_passes) if name == AS_MANY_PASSES else 0
-                config, found, evaluations = sampler_choice(bench, kind, budget, more=more, update_rate=rate)
-            searched = time.perf_counter() - started
-            yield {
-                **row,
-                "config_str": str(Configuration(config)),
-                "evaluations": evaluations,
-                "image_passes": evaluations * bench.candidate_passes
-                + (bench.sensitivity_passes if kind == "policy" else 0),
-                "flops_kept": found.flops / dense.dense_flops,
-                "params_kept": found.params / dense.dense_params,
-                "val_screened": found.accuracy,
-                "divergence": found.divergence,
-                "search_seconds": searched,
-                **bench.finetuned(config),
-                "seconds": time.perf_counter() - started,
-            }
-        for name, switches in ABLATIONS.items():
-            row = {**head, "table": "ablation", "name": name}
-            if not done(row):
-                config, accuracy = ablation_choice(bench, budget, **switches)
-                yield {**row, "config_str": str(Configuration(config)), "val_screened": accuracy}
+def heads(options: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
+    """What each row of a seed is of, in their order."""
+    names = {"rules": (*RULES, *SAMPLERS, NO_UPDATE, AS_MANY_PASSES), "ablation": tuple(ABLATIONS)}
+    return [
+        {"seed": seed, "budget": budget, "table": table, "name": name}
+        for budget in options.budgets
+        for table, group in names.items()
+        for name in group
+    ]
+
+
+def rule_row(bench: Bench, head: Mapping[str, Any]) -> dict[str, Any]:
+    """What a rule or a sampler chooses at a budget, screened and fine-tuned, with what the choice took."""
+    dense, name, budget = bench.factors("both"), head["name"], head["budget"]
+    started, kind = time.perf_counter(), name.split(",")[0]
+    if name in RULES:
+        config, found, evaluations = rule_choice(bench, name, budget)
+    else:
+        rate = 0.0 if name == NO_UPDATE else UPDATE_RATE
+        more = round(bench.sensitivity_passes / bench.candidate_passes) if name == AS_MANY_PASSES else 0
+        config, found, evaluations = sampler_choice(bench, kind, budget, more=more, update_rate=rate)
+    searched = time.perf_counter() - started
+    sensitivity_passes = bench.sensitivity_passes if kind == "policy" else 0
+    return {
+        **head,
+        "config_str": str(Configuration(config)),
+        "evaluations": evaluations,
+        "image_passes": evaluations * bench.candidate_passes + sensitivity_passes,
+        "flops_kept": found.flops / dense.dense_flops,
+        "params_kept": found.params / dense.dense_params,
+        "val_screened": found.accuracy,
+        "divergence": found.divergence,
+        "search_seconds": searched,
+        **bench.finetuned(config),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def ablation_row(bench: Bench, head: Mapping[str, Any]) -> dict[str, Any]:
+    """What is chosen with a part of the method taken away, screened."""
+    config, accuracy = ablation_choice(bench, head["budget"], **ABLATIONS[head["name"]])
+    return {**head, "config_str": str(Configuration(config)), "val_screened": accuracy}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -223,8 +229,12 @@ def main(arguments: list[str] | None = None) -> int:
             content["provenance"].append(provenance("cpu", options.seeds[0]))
             keys = {_key(row) for row in content["rows"]}
             for seed in options.seeds:
+                missing = [head for head in heads(options, seed) if _key(head) not in keys]
+                if not missing:
+                    continue
                 bench = Bench(options, seed)
-                for row in tqdm(rows(bench, lambda row: _key(row) in keys), desc=f"seed {seed}", unit="row"):
+                for head in tqdm(missing, desc=f"seed {seed}", unit="row"):
+                    row = rule_row(bench, head) if head["table"] == "rules" else ablation_row(bench, head)
                     content["rows"].append(row)
                     content["dense_test"] = bench.dense.test_accuracy
                     write_text(path, json.dumps(content, indent=1))
