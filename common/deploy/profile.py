@@ -28,7 +28,7 @@ from ..inputs import Inputs
 from .onnx_export import onnx_bytes, onnx_session
 from .openvino_run import openvino_model, openvino_session
 from .packages import package
-from .quantise import quantised_onnx, quantised_openvino
+from .quantise import quantised_openvino
 
 PROFILED = ("onnxruntime", "openvino")
 
@@ -135,10 +135,7 @@ def profile(
         ValueError: a runtime that says nothing of its kernels, or of their weights in int8, or that cannot quantise
             the network.
     """
-    if runtime not in PROFILED:
-        raise ValueError(f"runtime must be one of {', '.join(PROFILED)}; got {runtime!r}")
-    if int8 is not None and runtime not in IN_INT8:
-        raise ValueError(f"in int8 {runtime} says nothing of its kernels' weights; use runtime={IN_INT8[0]!r}")
+    _check(runtime, int8 is not None)
     graph = onnx_bytes(model, example)
     layers = _layers_of(graph)
     if runtime == "onnxruntime":
@@ -159,7 +156,12 @@ def profile(
 
 
 def roofline(runtime: str, threads: int | None = None, *, rounds: int = 10, int8: bool = False) -> Roofline:
-    """Measure the peak of large convolutions in a runtime, in float32 or int8, and the speed of copies of all sizes."""
+    """Measure the peak of large convolutions in a runtime, in float32 or int8, and the speed of copies of all sizes.
+
+    Raises:
+        ValueError: a runtime that `profile` does not take.
+    """
+    _check(runtime, int8)
     threads = threads or torch.get_num_threads()
     peak = 0.0
     for channels, side, window in ((128, 56, 3), (256, 28, 3), (512, 14, 3), (512, 28, 1)):
@@ -167,12 +169,19 @@ def roofline(runtime: str, threads: int | None = None, *, rounds: int = 10, int8
         images = torch.randn(8, channels, side, side)
         graph = onnx_bytes(layer.eval(), images)
         if runtime == "onnxruntime":
-            run = onnx_session(quantised_onnx(graph, images) if int8 else graph, threads)
+            run = onnx_session(graph, threads)
         else:
             run = openvino_session(_openvino_graph(graph, images if int8 else None), threads)
         seconds = measure_latency({"peak": run}, images, rounds=rounds, threads=threads)["peak"]
         peak = max(peak, layer.weight.numel() * 8 * side**2 / seconds)
     return Roofline(peak, tuple((size, _copy_speed(size, threads, rounds)) for size in COPIED_BYTES))
+
+
+def _check(runtime: str, int8: bool) -> None:
+    if runtime not in PROFILED:
+        raise ValueError(f"runtime must be one of {', '.join(PROFILED)}; got {runtime!r}")
+    if int8 and runtime not in IN_INT8:
+        raise ValueError(f"in int8 {runtime} says nothing of its kernels' weights; use runtime={IN_INT8[0]!r}")
 
 
 def _copy_speed(size: int, threads: int, rounds: int) -> float:
@@ -289,5 +298,5 @@ def _layers_of(graph: bytes) -> dict[str, str]:
 
 def _names(kernel: _Observed) -> list[str]:
     """What a kernel may be called in the graph: runtimes add to the names of nodes and of outputs."""
-    ends = r"(_nchwc|_token_\d+|/WithoutBiases|/DequantizationMultiply|_kernel_time|_quant)+$"
+    ends = r"(_nchwc|_token_\d+|/WithoutBiases|/DequantizationMultiply|_kernel_time)+$"
     return [re.sub(ends, "", one) for one in (kernel.name, *kernel.others)]

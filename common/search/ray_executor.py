@@ -114,7 +114,7 @@ class TrainingWorker:
     def until(self, record: Record, epoch: int | None) -> tuple[str, dict[str, Any]]:
         if self._storage is None:
             return record["trial"], self._common.until(record, epoch)
-        # A folder of its own for every candidate: a worker is killed in the end, and would leave one of all behind.
+        # A folder for each call: a worker is killed in the end, and one that it kept would stay behind.
         with tempfile.TemporaryDirectory(prefix="htd-worker-") as name:
             stem, folder = stem_of(record), Path(name)
             self._storage.fetch(stem, folder)

@@ -61,6 +61,8 @@ def test_in_int8_kernels_do_the_same_arithmetic_and_move_a_quarter_of_the_bytes(
 def test_in_int8_a_runtime_that_hides_its_weights_is_named():
     with pytest.raises(ValueError, match="runtime='openvino'"):
         profile(network(), torch.randn(1, 3, 16, 16), runtime="onnxruntime", int8=torch.randn(1, 3, 16, 16))
+    with pytest.raises(ValueError, match="runtime='openvino'"):
+        roofline("onnxruntime", int8=True)
 
 
 def test_a_compressed_networks_stages_are_counted_with_their_layer():
@@ -97,3 +99,5 @@ def test_a_machines_limits_are_measured(runtime, int8):
 def test_a_runtime_that_says_nothing_is_named():
     with pytest.raises(ValueError, match="onnxruntime, openvino"):
         profile(network(), torch.randn(1, 3, 16, 16), runtime="torch")
+    with pytest.raises(ValueError, match="onnxruntime, openvino"):
+        roofline("torch")

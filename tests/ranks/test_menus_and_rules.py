@@ -178,7 +178,6 @@ def test_energy_keeps_its_threshold_on_the_leaf_edges_with_the_least_ranks(weigh
 @pytest.mark.parametrize("budget", [0.4, 0.2])
 @pytest.mark.parametrize("cost", [CostMeasure(), CostMeasure(flops=0, params=1)])
 def test_a_rule_comes_up_to_its_budget_and_not_beyond(factors, weight_only, rule, budget, cost):
-
     def share(config):
         return cost.share(factors.flops(config), factors.params(config), factors)
 
