@@ -20,12 +20,11 @@ import argparse
 import heapq
 import json
 import math
-import statistics
 import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +32,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
@@ -42,6 +40,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.cifar_resnet import CifarResNet
+from benchmarks.scale_tables import SPREAD, tables
 from common.compress import ModelFactors, factorize
 from common.configuration import Configuration
 from common.files import write_text
@@ -50,7 +49,6 @@ from common.ranks import CostMeasure, Menus, build_menus
 from common.reports import RunLog
 from common.search import (
     GENERATION,
-    MOST_SENSITIVITY_IMAGES,
     LocalExecutor,
     MenuCosts,
     Policy,
@@ -69,9 +67,6 @@ from common.search import (
 from common.search.sensitivity import ANCHORS, divergences
 
 BUDGET = 0.5
-
-SPREAD = 0.3
-"""Of the simulated durations: the standard deviation of their logarithm."""
 
 
 class StandIn:
@@ -306,105 +301,6 @@ def time_sensitivity(options: argparse.Namespace) -> dict[str, Any]:
             for place, value in values.items()
         ),
     }
-
-
-def tables(folder: Path) -> str:
-    """What the commands have left in a folder, as Markdown."""
-    parts = []
-    for name, shown in (
-        ("steps", _steps),
-        ("simulate", _simulated),
-        ("workers", _measured),
-        ("overhead", _overhead),
-        ("sensitivity", _sensitivity),
-        ("kills", _kills),
-    ):
-        place = "tools" if name == "kills" else "benchmarks"
-        path = folder / f"{name}.json"
-        if path.exists():
-            content = json.loads(path.read_text(encoding="utf-8"))
-            facts = content["provenance"]
-            told = f"`python {place}/{facts['command']}`, {facts['machine']}, {facts['git_revision']}."
-            parts.append(f"{shown(content)}\n\n{told}")
-    return "\n\n".join(parts)
-
-
-def _steps(content: Mapping[str, Any]) -> str:
-    lines = [[f"{v:.2f}" if isinstance(v, float) else v for v in row.values()] for row in content["rows"]]
-    heads = [head if place < 4 else f"{head}, s" for place, head in enumerate(content["rows"][0])]
-    note = (
-        "Seconds of each step; entries are those of all menus together, images those of the layers' fits and of "
-        f"screening. Sensitivity is measured on a quarter of them, at most {MOST_SENSITIVITY_IMAGES}."
-    )
-    return f"{tabulate(lines, heads, tablefmt='github', disable_numparse=True)}\n\n{note}"
-
-
-def _simulated(content: Mapping[str, Any]) -> str:
-    rows = content["rows"]
-    counts = list(rows[0]["makespan"])
-    lines = []
-    for row in rows:
-        each = 1e3 * row["driver"] / row["candidates"]
-        whole = (f"{row['driver'] + row['makespan'][count]:,.0f} ({_efficiency(row, count):.0%})" for count in counts)
-        limit = f"{row['makespan']['1'] / row['driver']:,.0f}"
-        lines.append([row["generation"], row["candidates"], f"{each:.1f}", limit, f"{row['opening']:.1f}", *whole])
-    heads = [
-        "generation",
-        "candidates",
-        "driver, ms each",
-        "workers it feeds",
-        "opening, s",
-        *(f"{count} worker{'' if count == '1' else 's'}, s" for count in counts),
-    ]
-    note = (
-        f"Seconds of a search whose candidates take {content['median_seconds']:g} s (median; the logarithm's standard "
-        f"deviation {SPREAD}) for {content['layers']} layers: the driver's, measured, and the workers', simulated; in "
-        "brackets the share of the workers' time in use. With more workers than it feeds, the driver is the limit."
-    )
-    return f"{tabulate(lines, heads, tablefmt='github', disable_numparse=True)}\n\n{note}"
-
-
-def _efficiency(row: Mapping[str, Any], count: str) -> float:
-    work = row["makespan"]["1"]
-    return work / (int(count) * (row["driver"] + row["makespan"][count]))
-
-
-def _measured(content: Mapping[str, Any]) -> str:
-    lines = [
-        [r["workers"], r["candidates"], f"{r['seconds']:.1f}", f"{r['ideal'] / r['seconds']:.0%}", f"{r['start']:.0f}"]
-        for r in content["rows"]
-    ]
-    heads = ["workers", "candidates", "s", "of the ideal", "start, s"]
-    note = f"Candidates that sleep for {content['seconds']:g} s, on Ray's workers of one machine."
-    return f"{tabulate(lines, heads, tablefmt='github', disable_numparse=True)}\n\n{note}"
-
-
-def _overhead(content: Mapping[str, Any]) -> str:
-    c = content
-    return (
-        f"{c['network']}, {c['candidates']} candidates on {c['images']} images, generations in turn: "
-        f"{c['local']:.0f} s in one process of {c['threads_local']} threads, {c['ray']:.0f} s on {c['workers']} "
-        f"workers ({c['ray'] / c['local'] - 1:+.0%}); with Ray's start of {c['start']:.0f} s "
-        f"{(c['ray'] + c['start']) / c['local'] - 1:+.0%}."
-    )
-
-
-def _sensitivity(content: Mapping[str, Any]) -> str:
-    medians = {name: statistics.median(values) for name, values in content["seconds"].items()}
-    slowest = max(medians.values())
-    lines = [[name, f"{value:.1f}", f"{slowest / value:.1f}x"] for name, value in medians.items()]
-    heads = [f"sensitivity of {content['network']}", "s", "faster"]
-    rounds = len(next(iter(content["seconds"].values())))
-    note = (
-        f"{content['layers']} layers, {content['images']} images, {content['threads_local']} threads in all; median of "
-        f"{rounds} rounds, in turn."
-    )
-    return f"{tabulate(lines, heads, tablefmt='github', disable_numparse=True)}\n\n{note}"
-
-
-def _kills(content: Mapping[str, Any]) -> str:
-    counts = ", ".join(f"{count} {what}" for what, count in content["counts"].items())
-    return f"A cluster of three nodes on this machine, whose workers, nodes and driver are killed: {counts}."
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,8 +7,6 @@ data set, `compress_network` anybody's own.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,7 +14,6 @@ from dataclasses import replace
 from functools import wraps
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -25,12 +22,13 @@ from .configuration import Configuration
 from .cost import count_flops, count_params, measure_latency
 from .deploy import Deployed, deploy
 from .deployed_set import IN_INT8, DeployedSet, deploy_all
-from .files import exclusive, write_text
+from .files import exclusive
 from .inputs import Inputs, first, length
 from .knee import seek
 from .provenance import provenance
 from .ranks import CostMeasure, Menus, build_menus, meet_budget, time_menus
 from .reports import RunLog
+from .run_folder import claim_folder
 from .search import (
     CONTROL,
     AcceptanceRule,
@@ -60,26 +58,6 @@ from .search import (
 )
 
 Result = TypeVar("Result")
-
-MAY_CHANGE = (
-    "candidates",
-    "promote",
-    "tolerance",
-    "control",
-    "latency_batch",
-    "runtime",
-    "int8",
-    "executor",
-    "address",
-    "workers",
-    "threads",
-    "storage",
-    "folder",
-    "baselines",
-    "data_root",
-    "device",
-)
-"""Knobs that a run may be continued with another value of: the candidates that it has stay what they are."""
 
 
 def step(verb: Callable[[Any], Result]) -> Callable[[Any], Result]:
@@ -174,7 +152,7 @@ class Run(ABC):
     def open_log(self) -> RunLog:
         """The text log, opened with the run's provenance and the baseline's line."""
         s, factors = self.settings, self.factorize()
-        self._claim_folder()
+        claim_folder(s, self.dense_model())
         log = RunLog(s.log_path)
         head = self.header()
         facts = provenance(tree_leaves(self.draw_calibration())[0].device, s.seed)
@@ -460,34 +438,3 @@ class Run(ABC):
 
     def _deploy(self, model: nn.Module) -> Deployed:
         return deploy(model, self._example, runtime=self._runtime)
-
-    def _claim_folder(self) -> None:
-        """Refuse a folder that was begun with another baseline or other settings: its candidates would not compare.
-
-        Raises:
-            ValueError: naming the folder and what differs.
-        """
-        moved = {"budgets"} if self.settings.max_loss is not None else set()
-        own = {name: value for name, value in self.settings.rows() if name not in moved.union(MAY_CHANGE)}
-        own["baseline"] = weights_digest(self.dense_model())
-        own = json.loads(json.dumps(own, default=str))
-        path = self.settings.state_folder / "settings.json"
-        if not path.exists():
-            write_text(path, json.dumps(own, indent=1))
-            return
-        known = json.loads(path.read_text())
-        differing = sorted(name for name in own if name in known and known[name] != own[name])
-        if differing:
-            raise ValueError(
-                f"{self.settings.state_folder} was begun with another {', '.join(differing)}: "
-                "delete it, or give the run another folder or seed"
-            )
-
-
-def weights_digest(model: nn.Module) -> str:
-    """A short digest of everything in a network's state."""
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        if isinstance(tensor, Tensor):
-            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

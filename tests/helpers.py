@@ -1,11 +1,18 @@
-"""What several test modules do alike: small networks trained on digits, ranks cut in half."""
+"""What several test modules do alike: differences, small networks trained on digits, ranks cut in half."""
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from common.configuration import KernelRanks, MatrixRanks
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest that was expected; shapes and numbers must be of one kind."""
+    assert found.shape == expected.shape
+    assert found.dtype == expected.dtype
+    return float((found - expected).detach().abs().max() / expected.detach().abs().max())
 
 
 def halved(factors) -> dict:

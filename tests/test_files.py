@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from common.files import PARTIAL, SearchBusy, atomic_path, exclusive, remove_leavings, write_text
+from common.files import PARTIAL, SearchBusy, atomic_path, exclusive, read_json, remove_leavings, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,6 +34,17 @@ def test_a_file_is_readable_and_in_folders_that_are_made(tmp_path):
     write_text(path, "x")
     assert path.read_text() == "x"
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe{}"])
+def test_a_damaged_json_file_is_named(content, tmp_path):
+    path = tmp_path / "state.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"state\.json is damaged .*: delete it") as caught:
+        read_json(path)
+    assert "\n" not in str(caught.value)
+    write_text(path, '{"a": [1]}')
+    assert read_json(path) == {"a": [1]}
 
 
 def test_a_link_stays_a_link(tmp_path):

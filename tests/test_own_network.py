@@ -1,6 +1,8 @@
 """One call on somebody's own network and data: it searches, keeps everything, resumes, and its files load again."""
 
 import copy
+import re
+import shutil
 
 import pytest
 import torch
@@ -128,6 +130,26 @@ def test_a_second_call_does_nothing_again_and_other_settings_are_refused(finishe
         compress_network(
             trained, *loaders, budgets=(0.6,), folder=folder, epochs=1, **{**QUICK, "calibration_images": 32}
         )
+
+
+def test_a_damaged_file_of_a_run_is_named_and_can_be_deleted(finished, trained, loaders, tmp_path):
+    run, folder = finished
+    run.close()
+    shutil.copytree(folder, tmp_path / "copy")
+    state = tmp_path / "copy" / run.settings.state_folder.relative_to(folder)
+
+    def again():
+        options = {"budgets": (0.6,), "folder": tmp_path / "copy", "epochs": 1, "tolerance": 0.5, **QUICK}
+        return compress_network(trained, *loaders, **options)
+
+    [result] = [path for path in state.glob("candidate-*.json") if path.with_suffix(".safetensors").exists()]
+    for path in (state / "settings.json", state / "seconds.json", result):
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match=rf"{re.escape(path.name)} is damaged .*: delete it"):
+            again()
+        path.unlink()
+    assert again().table().loc[run.finetune()[0].record["trial"], "parameters"] == run.best(0.5).params
 
 
 def test_no_training_at_all(trained, loaders, tmp_path):

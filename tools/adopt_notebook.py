@@ -21,7 +21,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.files import write_text
-from tools.documents import UNTOLD_KNOBS
+from tools.command_parts import UNTOLD_KNOBS
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTE = "*The outputs below are of*"

@@ -21,7 +21,8 @@ import jsonify_logs
 from common.files import atomic_path, write_text
 from common.finetune.baselines import checkpoint_path
 from common.reports import choose, group_runs, load_runs, read_log, to_json
-from tools.documents import RUN_FOLDER, STRICT, run_folders
+from tools.documents import RUN_FOLDER, run_folders
+from tools.run_parts import STRICT
 
 LARGEST_WEIGHTS = 6_000_000
 """Bytes up to which a network's weights are kept beside its results."""

@@ -15,7 +15,7 @@ if __package__ in (None, ""):
 
 from common.files import write_text
 from common.reports import load_runs
-from tools import documents
+from tools import benchmark_parts, command_parts, documents, run_parts
 
 DOCUMENTS = (
     "README.md",
@@ -83,26 +83,26 @@ def sections(results: Path) -> Mapping[str, Callable[[], str]]:
         "latency-intel": sorted(results.glob("latency-*-intel/latency.md")),
         "latency-search": sorted(results.glob("latency-search-*/latency-search.md")),
     }
-    largest = documents.largest(runs)
+    largest = run_parts.largest(runs)
     smaller = [run for run in runs if run not in largest]
     rules = {f"fine-tuned-{folder.name}": folder / "rows.json" for folder in compared}
     return {
-        "networks": lambda: documents.networks(runs, published["dataset"]),
+        "networks": lambda: run_parts.networks(runs, published["dataset"]),
         **{name: partial(_fine_tuned, path) for name, path in rules.items()},
-        "headline": lambda: documents.headline(largest, documents.STRICT),
-        "headline-loose": lambda: documents.headline(largest, documents.LOOSE),
-        "headline-smaller": lambda: documents.headline(smaller, documents.STRICT),
-        "published": lambda: documents.against_published(runs, published),
-        "published-cifar10": lambda: documents.published_on_cifar10(published),
-        "beside-others": lambda: documents.beside_others(
+        "headline": lambda: run_parts.headline(largest, run_parts.STRICT),
+        "headline-loose": lambda: run_parts.headline(largest, run_parts.LOOSE),
+        "headline-smaller": lambda: run_parts.headline(smaller, run_parts.STRICT),
+        "published": lambda: run_parts.against_published(runs, published),
+        "published-cifar10": lambda: benchmark_parts.published_on_cifar10(published),
+        "beside-others": lambda: benchmark_parts.beside_others(
             documents.read_json(results / "published-networks" / "rows.json"), "ResNet-20"
         ),
-        "origin": lambda: documents.origin(runs),
-        "seeds": lambda: documents.seeds(runs),
-        "search-costs": lambda: documents.search_costs(runs, published),
-        "commands": lambda: documents.commands(results),
-        "reliability": lambda: documents.reliability(documents.read_json(results / "reliability.json")),
-        "factorisation": lambda: documents.factorisation(documents.read_json(results / "factorize_speed.json")),
+        "origin": lambda: run_parts.origin(runs),
+        "seeds": lambda: run_parts.seeds(runs),
+        "search-costs": lambda: run_parts.search_costs(runs, published),
+        "commands": lambda: command_parts.commands(results),
+        "reliability": lambda: benchmark_parts.reliability(documents.read_json(results / "reliability.json")),
+        "factorisation": lambda: benchmark_parts.factorisation(documents.read_json(results / "factorize_speed.json")),
         **{name: partial(path.read_text, encoding="utf-8") for name, path in files.items()},
         **{name: partial(_in_a_row, paths) for name, paths in series.items()},
     }
@@ -113,7 +113,7 @@ def _in_a_row(paths: Sequence[Path]) -> str:
 
 
 def _fine_tuned(path: Path) -> str:
-    return documents.fine_tuned(documents.read_json(path))
+    return benchmark_parts.fine_tuned(documents.read_json(path))
 
 
 def _parser() -> argparse.ArgumentParser:

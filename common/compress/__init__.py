@@ -1,9 +1,10 @@
 """The method: a network factorised once, compressed for any rank configuration."""
 
+from .dimension_tree import DimensionTree
 from .factors import KernelFactors, MatrixFactors
 from .geometry import CONVOLUTIONS, TRANSPOSED, Geometry, paddings, scale_outputs
 from .grouped import GroupedFactors
-from .htucker import DimensionTree, HTucker, hsvd
+from .htucker import HTucker, hsvd
 from .layers import STAGES, HTLayer
 from .model_factors import Factors, ModelFactors
 from .network import factorize

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..configuration import KernelRanks, MatrixRanks, Ranks
+from .dimension_tree import DimensionTree
 from .geometry import Geometry
-from .htucker import DimensionTree, HTucker
+from .htucker import HTucker
 from .layers import PLANS, HTLayer, chain_ranks, merge_stages
 from .trace import LayerTrace
 

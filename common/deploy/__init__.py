@@ -2,7 +2,8 @@
 
 from .fold import fold_batch_norm
 from .network import Deployed, deploy
-from .onnx_export import export_onnx, export_program, onnx_session
+from .onnx_export import export_onnx, export_program
+from .onnx_run import onnx_session
 from .plans import Measure, choose_plan, median_and_error, plain_layer, timer
 from .runtimes import Target
 

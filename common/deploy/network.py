@@ -25,11 +25,8 @@ from ..inputs import Inputs, length, like_model, run
 from ..modules import evaluating, laid_out, unwrapped
 from .choose import Chooser
 from .fold import fold_batch_norm
-from .onnx_export import export_onnx, onnx_session
 from .plans import LayerChoice, Measure
 from .runtimes import Run, Target
-
-__all__ = ["Deployed", "deploy", "export_onnx", "onnx_session"]
 
 MEMORY_FORMATS = ("channels_last", "contiguous")
 

@@ -1,7 +1,4 @@
-"""ONNX: export a network with a dynamic batch axis, checked against torch before the file exists; run it.
-
-`onnx_layer` writes the graph of a few plain layers itself, in a millisecond: choosing execution plans takes hundreds.
-"""
+"""A network in a file, as ONNX or as a `torch.export` program: any batch size, checked before the file exists."""
 
 from __future__ import annotations
 
@@ -11,35 +8,26 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 
-from ..compress import CONVOLUTIONS, TRANSPOSED, paddings
 from ..files import atomic_path
 from ..inputs import Inputs, first, length, run
 from ..modules import copy_with, evaluating, first_line, unwrapped
+from .onnx_run import onnx_session
 from .packages import package
 from .quantise import quantised_onnx
-
-if TYPE_CHECKING:
-    import onnx
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference between torch's outputs and onnxruntime's that an export may have, relative to the largest."""
 
 ROUGHLY = 1.0
 """The same of a file in int8: what is above it is no rounding. What it does to accuracy is for the user to measure."""
-
-OPSET = 20
-"""Operator set of hand-written graphs; the exporter takes the newest one that it knows."""
-
-_PAD_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 
 def export_onnx(
@@ -60,7 +48,8 @@ def export_onnx(
         example: ``(N, C, H, W)`` images, or several inputs, see `common.inputs`. The file takes any N.
         path: written in one step, after onnxruntime gave torch's outputs, within TOLERANCE, at two batch sizes.
         metadata: kept in the file's own metadata as JSON, such as class names and the normalisation of images.
-        int8: calibration images: the file is quantised to int8 with their ranges, and may then differ by ROUGHLY.
+        int8: calibration images: the file is quantised to int8 with their ranges, for any processor (see
+            `common.deploy.quantise`), and may then differ by ROUGHLY.
 
     Raises:
         ValueError: the model cannot be exported, or does not give the same outputs there.
@@ -70,7 +59,7 @@ def export_onnx(
         _export(on_cpu, resized(inputs, 2), temporary, metadata)
         if int8 is not None:
             images = tree_map(lambda t: t.detach().cpu(), inputs_of_one(int8))
-            temporary.write_bytes(quantised_onnx(temporary.read_bytes(), images))
+            temporary.write_bytes(quantised_onnx(temporary.read_bytes(), images, anywhere=True))
         session = onnx_session(temporary, structure=output_structure(on_cpu, inputs))
         for batch, given in _two_batches(inputs):
             try:
@@ -151,143 +140,12 @@ def output_structure(model: nn.Module, example: Inputs) -> TreeSpec:
     return structure
 
 
-def onnx_session(
-    model: str | Path | bytes, threads: int | None = None, *, structure: TreeSpec | None = None
-) -> Callable[[Inputs], Any]:
-    """A function of inputs (CPU tensors) that runs an ONNX file, or a serialised graph, with onnxruntime on the CPU.
-
-    Args:
-        threads: inside one operator; None: as many as torch uses in this process.
-        structure: what to make of several outputs; None gives a tuple of them, and one output as it is.
-
-    Raises:
-        ValueError: not an ONNX file, or fewer than one thread; when called, inputs that the graph cannot take.
-    """
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1; got {threads}")
-    onnxruntime = package("onnxruntime", "onnx")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    # Otherwise the threads of a session that has just run would go on spinning while the next one is timed.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    source = model if isinstance(model, bytes) else str(model)
-    try:
-        session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own exceptions have no common base
-        what = "the graph" if isinstance(model, bytes) else str(model)
-        raise ValueError(f"onnxruntime cannot load {what}: {first_line(error)}") from error
-    names = [one.name for one in session.get_inputs()]
-    single = len(session.get_outputs()) == 1 and structure is None
-
-    def call(inputs: Inputs) -> Any:
-        named = inputs if isinstance(inputs, Mapping) else dict(zip(names, tree_leaves(inputs), strict=True))
-        feed = {name: named[name].contiguous().numpy() for name in names}
-        try:
-            outputs = [torch.from_numpy(value) for value in session.run(None, feed)]
-        except Exception as error:
-            shapes = [tuple(value.shape) for value in feed.values()]
-            raise ValueError(f"onnxruntime cannot run on a batch of {shapes}: {first_line(error)}") from error
-        if single:
-            return outputs[0]
-        return tuple(outputs) if structure is None else structure.unflatten(outputs)
-
-    return call
-
-
 def onnx_bytes(model: nn.Module, example: Inputs) -> bytes:
     """The graph of a whole network, unchecked, exported as by `export_onnx`."""
     buffer = io.BytesIO()
     with evaluating(model), torch.no_grad():
         _export(model, resized(first(example, 1), 2), buffer)
     return buffer.getvalue()
-
-
-def onnx_layer(module: nn.Module, input_shape: Sequence[int]) -> bytes:
-    """The graph of a plain layer: a convolution or nn.Linear, or an nn.Sequential of them, Flatten and Unflatten.
-
-    input_shape: without the batch axis, which is dynamic.
-
-    Raises:
-        ValueError: another module.
-    """
-    helper = package("onnx.helper", "onnx")
-    graph = _GraphWriter()
-    for layer in module if isinstance(module, nn.Sequential) else [module]:
-        graph.add(layer)
-    dtype = helper.np_dtype_to_tensor_dtype(np.dtype(str(next(module.parameters()).dtype).removeprefix("torch.")))
-    ends = [
-        helper.make_tensor_value_info("images", dtype, ["batch", *input_shape]),
-        helper.make_tensor_value_info(graph.last, dtype, None),
-    ]
-    made = helper.make_graph(graph.nodes, "layer", ends[:1], ends[1:], graph.tensors)
-    opset = [helper.make_opsetid("", OPSET)]
-    return helper.make_model(made, opset_imports=opset, ir_version=9).SerializeToString()
-
-
-class _GraphWriter:
-    """Nodes in a row: each reads what the one before it gave."""
-
-    def __init__(self) -> None:
-        self.nodes: list[onnx.NodeProto] = []
-        self.tensors: list[onnx.TensorProto] = []
-        self.last = "images"
-
-    def add(self, layer: nn.Module) -> None:
-        if isinstance(layer, CONVOLUTIONS):
-            self._convolution(layer)
-        elif isinstance(layer, TRANSPOSED):
-            self._transposed(layer)
-        elif isinstance(layer, nn.Linear):
-            self._node("Gemm", [self._tensor(layer.weight), *self._bias(layer)], transB=1)
-        elif isinstance(layer, nn.Flatten) and layer.start_dim == 1:
-            self._node("Flatten", [], axis=1)
-        elif isinstance(layer, nn.Unflatten) and layer.dim == 1:
-            self._node("Reshape", [self._tensor(torch.tensor([0, *layer.unflattened_size]))])
-        else:
-            raise ValueError(f"a graph of plain layers has convolutions and linear layers; got {layer}")
-
-    def _convolution(self, layer: nn.Module) -> None:
-        before, after = zip(*paddings(layer), strict=True)
-        pads = [*before, *after]
-        if layer.padding_mode != "zeros":
-            axes = len(layer.kernel_size)
-            amounts = torch.tensor([0, 0, *pads[:axes], 0, 0, *pads[axes:]])
-            self._node("Pad", [self._tensor(amounts)], mode=_PAD_MODES[layer.padding_mode])
-            pads = [0] * len(pads)
-        self._node("Conv", [self._tensor(layer.weight), *self._bias(layer)], **self._window(layer), pads=pads)
-
-    def _transposed(self, layer: nn.Module) -> None:
-        inputs = [self._tensor(layer.weight), *self._bias(layer)]
-        pads = [*layer.padding, *layer.padding]
-        more = list(layer.output_padding)
-        self._node("ConvTranspose", inputs, **self._window(layer), pads=pads, output_padding=more)
-
-    def _window(self, layer: nn.Module) -> dict[str, object]:
-        return {
-            "kernel_shape": list(layer.kernel_size),
-            "strides": list(layer.stride),
-            "dilations": list(layer.dilation),
-            "group": layer.groups,
-        }
-
-    def _node(self, operator: str, inputs: list[str], **attributes: object) -> None:
-        output = f"value{len(self.nodes)}"
-        self.nodes.append(
-            package("onnx.helper", "onnx").make_node(operator, [self.last, *inputs], [output], **attributes)
-        )
-        self.last = output
-
-    def _tensor(self, tensor: Tensor) -> str:
-        name = f"tensor{len(self.tensors)}"
-        self.tensors.append(
-            package("onnx.numpy_helper", "onnx").from_array(tensor.detach().cpu().contiguous().numpy(), name)
-        )
-        return name
-
-    def _bias(self, layer: nn.Module) -> list[str]:
-        return [] if layer.bias is None else [self._tensor(layer.bias)]
 
 
 def _export(

@@ -25,7 +25,8 @@ from torch.utils._pytree import tree_leaves
 
 from ..cost import measure_latency
 from ..inputs import Inputs
-from .onnx_export import onnx_bytes, onnx_session
+from .onnx_export import onnx_bytes
+from .onnx_run import onnx_session
 from .openvino_run import openvino_model, openvino_session
 from .packages import package
 from .quantise import quantised_openvino

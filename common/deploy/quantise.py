@@ -2,6 +2,10 @@
 
 Of ONNX graphs by onnxruntime's static quantisation (QDQ nodes, a scale per output channel), of OpenVINO's by NNCF. Both
 leave what their runtime cannot do in int8 in float32.
+
+x86 processors without VNNI add products of int8 by pairs in 16 bits, and cut off what does not fit there: outputs are
+then far off, and nothing fails. Products with weights of seven bits always fit, so that is what weights get there, and
+in files, which may be run anywhere.
 """
 
 from __future__ import annotations
@@ -9,21 +13,39 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import platform
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils._pytree import tree_leaves
 
 from ..inputs import Inputs, length, split
 from ..modules import first_line
 from .packages import package
 
+VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")
+"""What torch calls the instructions that add products of int8 in 32 bits."""
 
-def quantised_onnx(graph: bytes, images: Inputs) -> bytes:
+
+@cache
+def saturates() -> bool:
+    """Whether this processor adds products of int8 in 16 bits: x86 without VNNI; and where torch cannot tell."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 to 2.9 cannot tell
+    return not any(known.get(name) for name in VNNI)
+
+
+def quantised_onnx(graph: bytes, images: Inputs, *, anywhere: bool = False) -> bytes:
     """The graph in int8, its ranges those of `images`, which are given in float32 on the CPU.
+
+    Args:
+        anywhere: it may be run by another processor than this one.
 
     Raises:
         ValueError: onnxruntime cannot quantise it, or is not installed.
@@ -55,6 +77,7 @@ def quantised_onnx(graph: bytes, images: Inputs) -> bytes:
                 activation_type=quantisation.QuantType.QUInt8,
                 weight_type=quantisation.QuantType.QInt8,
                 per_channel=True,
+                reduce_range=anywhere or saturates(),
             )
         except Exception as error:  # of onnx, onnxruntime and protobuf, which share no base class
             raise ValueError(f"the graph cannot be quantised: {first_line(error)}") from error
@@ -71,8 +94,10 @@ def quantised_openvino(model: Any, images: Inputs) -> Any:
         nncf = package("nncf", "openvino")
         names = [port.any_name for port in model.inputs]
         singles = list(_singles(images, names))
+        fix = nncf.OverflowFix.ENABLE if saturates() else None
+        advanced = nncf.AdvancedQuantizationParameters(overflow_fix=fix)
         try:
-            return nncf.quantize(model, nncf.Dataset(singles), subset_size=len(singles))
+            return nncf.quantize(model, nncf.Dataset(singles), subset_size=len(singles), advanced_parameters=advanced)
         except Exception as error:  # NNCF raises what it likes
             raise ValueError(f"the graph cannot be quantised: {first_line(error)}") from error
 

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_leaves
 
 from ..inputs import Inputs, first, run
-from .onnx_export import onnx_bytes, onnx_layer, onnx_session, output_structure
+from .onnx_export import onnx_bytes, output_structure
+from .onnx_graph import onnx_layer
+from .onnx_run import onnx_session
 from .openvino_run import openvino_model, openvino_session
 from .quantise import quantised_onnx, quantised_openvino
 

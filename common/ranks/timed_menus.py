@@ -24,7 +24,7 @@ from ..compress import Factors, ModelFactors
 from ..configuration import Configuration
 from ..deploy import Measure, Target, choose_plan, deploy, plain_layer, timer
 from ..deploy.profile import PROFILED, Kernel, profile
-from ..files import write_text
+from ..files import read_json, write_text
 from ..inputs import Inputs
 from ..modules import laid_out
 from .menus import CostMeasure, MenuEntry, Menus, cheaper_front
@@ -72,7 +72,7 @@ def time_menus(
         cache: a JSON file; times found there are taken as they are, so that a resumed search sees the same prices.
     """
     if cache is not None and cache.exists():
-        return MenuTimes(**json.loads(cache.read_text()))
+        return MenuTimes(**read_json(cache))
     dense = deploy(factors.model, example, runtime=runtime, threads=threads, rounds=rounds)
     entries = None
     if in_network and runtime in PROFILED:

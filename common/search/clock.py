@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..files import write_text
+from ..files import read_json, write_text
 
 
 class StepClock:
@@ -30,7 +30,7 @@ class StepClock:
 
     def seconds(self) -> dict[str, float]:
         """Step -> seconds, of the steps timed so far."""
-        return json.loads(self._path.read_text()) if self._path.exists() else {}
+        return read_json(self._path) if self._path.exists() else {}
 
 
 def search_seconds(

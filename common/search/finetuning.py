@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..configuration import Configuration
-from ..files import write_text
+from ..files import read_json, write_text
 from ..finetune import EpochRecord, TrainingDiverged
 from ..models import load_compressed
 from ..modules import out_of_memory
@@ -110,7 +110,7 @@ class Finetuning:
     def finished(self, record: Record) -> Finalist:
         """What a candidate that was finished came to, as its files say."""
         run = _CandidateRun(self, record)
-        return Finalist(restored(json.loads(run.result.read_text())), run.weights, self.trainer)
+        return Finalist(restored(read_json(run.result)), run.weights, self.trainer)
 
     def failed(self, record: Record, reason: str) -> Finalist:
         """A candidate that could not be trained."""
@@ -146,7 +146,7 @@ class _CandidateRun:
 
     def _epochs(self) -> list[dict[str, float]]:
         """What is known of each epoch so far, as `EpochRecord` has it."""
-        return json.loads(self.progress.read_text()) if self.progress.exists() else []
+        return read_json(self.progress) if self.progress.exists() else []
 
     def _train(self, epoch: int) -> nn.Module:
         """The network after at least `epoch` epochs, continued from its checkpoint."""

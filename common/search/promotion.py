@@ -6,7 +6,6 @@ Talwalkar, 2016). Every epoch and every result is on disk before the next one st
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from ..configuration import Configuration
 from ..data import Dataset
+from ..files import read_json
 from ..finetune import EpochRecord, TrainSettings, evaluate, teacher_logits, train
 from ..models import load_compressed, save_compressed
 from ..reports import RunLog
@@ -127,7 +127,7 @@ def finetune_with(
 def epoch_seconds(folder: Path) -> list[float]:
     """Wall time of every epoch of fine-tuning in this folder, those of candidates that were given up included."""
     files = sorted(folder.glob(f"candidate-*{EPOCHS_SUFFIX}"))
-    return [one["seconds"] for path in files for one in json.loads(path.read_text())]
+    return [one["seconds"] for path in files for one in read_json(path)]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import scale
+from benchmarks import scale, scale_tables
 
 
 def test_jobs_go_in_order_to_whoever_is_free_first():
@@ -35,6 +35,6 @@ def test_the_table_of_sensitivities_gives_factors_of_medians():
         "threads_local": 2,
         "seconds": {"whole passes": [9.0, 8.0, 100.0], "beginnings kept": [3.0, 3.0, 1.0]},
     }
-    text = scale._sensitivity(content)
+    text = scale_tables._sensitivity(content)
     [line] = [line for line in text.splitlines() if "beginnings kept" in line]
     assert line.split() == ["|", "beginnings", "kept", "|", "3.0", "|", "3.0x", "|"]

@@ -16,6 +16,7 @@ from common.deploy import deploy, fold_batch_norm
 from common.models import load_compressed, save_compressed
 from common.models.specs import build, describe
 from common.ranks import build_menus, uniform
+from tests.helpers import relative_error
 
 # torch itself warns that an even window with padding="same" is padded on one side only, which is what is wanted here.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -61,11 +62,6 @@ def inputs_of(layer, count=2, seed=0):
     )
 
 
-def difference(actual, expected):
-    assert actual.shape == expected.shape
-    return float((actual - expected).detach().abs().max() / expected.detach().abs().max())
-
-
 def factors_of(layer, images=None):
     net = nn.Sequential(layer)
     shape = None if images is not None else (layer.in_channels, *SIZES[len(layer.kernel_size)])
@@ -92,12 +88,12 @@ def test_full_ranks_reproduce_every_convolution_and_every_plan_its_truncation(la
     assume(expected.numel() and 0 not in expected.shape)
     factors = factors_of(layer, images if data_aware else None)
     one = factors.layers["0"]
-    assert difference(one.layer(one.full_ranks)(images), expected) < 1e-6
+    assert relative_error(one.layer(one.full_ranks)(images), expected) < 1e-6
     for ranks in truncations(one.full_ranks):
         small = one.layer(ranks)
         whole = small(images)
         for plan in small.plans:
-            assert difference(small.with_plan(plan)(images), whole) < 1e-9, plan
+            assert relative_error(small.with_plan(plan)(images), whole) < 1e-9, plan
         # The composed weight, in the shape of torch's own, put into torch's own layer.
         clone = nn.Sequential(layer)[0].__class__(
             layer.in_channels, layer.out_channels, layer.kernel_size, stride=layer.stride, padding=layer.padding,
@@ -106,7 +102,7 @@ def test_full_ranks_reproduce_every_convolution_and_every_plan_its_truncation(la
             **({"output_padding": layer.output_padding} if type(layer) in TRANSPOSED else {}),
         )  # fmt: skip
         clone.load_state_dict({"weight": small.weight} | ({"bias": layer.bias} if layer.bias is not None else {}))
-        assert difference(clone(images), whole) < 1e-9
+        assert relative_error(clone(images), whole) < 1e-9
         for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "padding_mode"):
             assert getattr(small, name) == getattr(layer, name), name
 
@@ -204,7 +200,7 @@ def test_a_whole_network_is_reproduced_and_its_counts_are_right(kind):
     factors = factorize(model, images)
     assert set(factors.skipped) <= {"depthwise", "head", "stem"}, factors.skipped
     with torch.no_grad():
-        assert difference(factors.compress(factors.full_ranks())(images), model(images)) < 1e-3
+        assert relative_error(factors.compress(factors.full_ranks())(images), model(images)) < 1e-3
     config = uniform(factors, 0.5)
     small = factors.compress(config)
     assert factors.params(config) == count_params(small)
@@ -225,14 +221,14 @@ def test_it_is_recalibrated_deployed_in_both_runtimes_saved_and_loaded(kind, tmp
         expected = small.eval()(images[:4])
     for runtime in ("torch", "onnxruntime"):
         deployed = deploy(small, images[:4], runtime=runtime, rounds=2)
-        assert difference(deployed(images[:4]), expected) < 1e-3, runtime
+        assert relative_error(deployed(images[:4]), expected) < 1e-3, runtime
     folded, pairs = fold_batch_norm(small, images[:1])
     assert len(pairs) == 1
     save_compressed(small, tmp_path / "small.safetensors")
     loaded, _ = load_compressed(tmp_path / "small.safetensors", model=kind)
     with torch.no_grad():
-        assert difference(folded(images[:4]), expected) < 1e-3
-        assert difference(loaded(images[:4]), expected) < 1e-6
+        assert relative_error(folded(images[:4]), expected) < 1e-3
+        assert relative_error(loaded(images[:4]), expected) < 1e-6
 
 
 def test_data_aware_ranks_lose_less_than_weights_alone():

@@ -19,6 +19,7 @@ from common.configuration import KernelRanks, MatrixRanks
 from common.cost import count_flops, count_params
 from common.deploy.plans import plan_flops
 from common.ranks import build_menus
+from tests.helpers import relative_error
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 SIZE = (9, 10)
@@ -113,10 +114,6 @@ def square_root(moment: Tensor) -> Tensor:
     return vectors @ torch.diag((values + WHITENING_FLOOR * values.mean()).sqrt()) @ vectors.T
 
 
-def relative_difference(actual: Tensor, expected: Tensor) -> float:
-    return ((actual - expected).abs().max() / expected.abs().max()).item()
-
-
 # --- full ranks -------------------------------------------------------------------------------------------------------
 
 
@@ -129,7 +126,7 @@ def test_full_ranks_reproduce_the_layer(name, bases, dtype):
     compressed = factors.compress(factors.full_ranks())
     unseen = correlated_images(dtype=dtype, seed=1).flip(1)
     with torch.no_grad():
-        assert relative_difference(compressed(unseen), model(unseen)) < TOLERANCE[dtype]
+        assert relative_error(compressed(unseen), model(unseen)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -142,7 +139,7 @@ def test_full_ranks_reproduce_the_layer_whatever_the_calibration_images_were(nam
     compressed = factors.compress(factors.full_ranks())
     unseen = correlated_images(dtype=dtype, seed=1)
     with torch.no_grad():
-        assert relative_difference(compressed(unseen), model(unseen)) < TOLERANCE[dtype]
+        assert relative_error(compressed(unseen), model(unseen)) < TOLERANCE[dtype]
 
 
 def test_a_layer_of_zeros_has_no_error_at_any_rank():

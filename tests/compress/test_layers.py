@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from common.compress import Geometry, HTLayer
 from common.compress.layers import MATRIX_PLANS, PLANS, chain_ranks, compose, merge_stages, plan_name
 from common.configuration import KernelRanks, MatrixRanks
+from tests.helpers import relative_error
 
 # torch itself warns that an even window with padding="same" is padded on one side only, which is what is wanted here.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -29,12 +30,6 @@ GEOMETRIES = {
     "same, reflect": {"padding": "same", "padding_mode": "reflect"},
 }
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
-
-
-def relative_difference(actual: Tensor, expected: Tensor) -> float:
-    assert actual.shape == expected.shape
-    assert actual.dtype == expected.dtype
-    return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 def random_chain(kernel: tuple[int, int], dtype: torch.dtype = torch.float64) -> dict[tuple[str, ...], Tensor]:
@@ -79,7 +74,7 @@ def test_every_plan_equals_the_convolution_with_the_reconstructed_kernel(case, k
     expected = dense(images)
     finest = HTLayer(chain, shift, Geometry.of(dense))
     for plan in PLANS:
-        assert relative_difference(finest.with_plan(plan)(images), expected) < TOLERANCE[dtype], plan
+        assert relative_error(finest.with_plan(plan)(images), expected) < TOLERANCE[dtype], plan
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -102,7 +97,7 @@ def test_every_plan_of_a_1x1_convolution_equals_it(options, bias, dtype):
     images = torch.randn(2, C_IN, 9, 8, generator=generator, dtype=dtype)
     pair = HTLayer({("in",): reduce, ("out",): expand}, shift, Geometry.of(dense))
     for plan in MATRIX_PLANS:
-        assert relative_difference(pair.with_plan(plan)(images), dense(images)) < TOLERANCE[dtype], plan
+        assert relative_error(pair.with_plan(plan)(images), dense(images)) < TOLERANCE[dtype], plan
 
 
 @pytest.mark.parametrize("shape", [(4, C_IN), (2, 3, C_IN), (2, 3, 4, C_IN)])
@@ -115,7 +110,7 @@ def test_every_plan_of_a_linear_layer_equals_it_on_any_leading_axes(shape, bias)
     expected = nn.functional.linear(features, expand @ reduce, shift)
     pair = HTLayer({("in",): reduce, ("out",): expand}, shift, Geometry(linear=True))
     for plan in MATRIX_PLANS:
-        assert relative_difference(pair.with_plan(plan)(features), expected) < 1e-10, plan
+        assert relative_error(pair.with_plan(plan)(features), expected) < 1e-10, plan
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -127,7 +122,7 @@ def test_every_plan_of_a_linear_layer_behind_a_flatten_equals_it(bias):
     expected = nn.functional.linear(features, multiplied_out(chain).flatten(1), shift)
     finest = HTLayer(chain, shift, Geometry(unflatten=(C_IN, 3, 5), linear=True))
     for plan in PLANS:
-        assert relative_difference(finest.with_plan(plan)(features), expected) < 1e-10, plan
+        assert relative_error(finest.with_plan(plan)(features), expected) < 1e-10, plan
 
 
 def test_stages_have_their_own_rank_on_each_side():

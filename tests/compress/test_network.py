@@ -12,6 +12,7 @@ from common.compress import HTLayer, factorize, recalibrate
 from common.compress.selection import LAYER_SETS
 from common.configuration import Configuration, KernelRanks, MatrixRanks, parse_config_str
 from common.cost import count_flops, count_params
+from tests.helpers import relative_error
 
 
 def randomised(model: nn.Module, shape: tuple[int, int, int], seed: int = 0) -> nn.Module:
@@ -89,13 +90,9 @@ def random_config(factors, seed: int) -> dict:
     return config
 
 
-def relative_difference(actual: Tensor, expected: Tensor) -> float:
-    return ((actual - expected).abs().max() / expected.abs().max()).item()
-
-
 def spread(outputs: Tensor) -> float:
     """How much the outputs (N, classes) differ from image to image, relative to their size."""
-    return relative_difference(outputs, outputs.mean(0, keepdim=True).expand_as(outputs))
+    return relative_error(outputs, outputs.mean(0, keepdim=True).expand_as(outputs))
 
 
 def storages(module: nn.Module) -> set[int]:
@@ -136,7 +133,7 @@ def test_full_ranks_reproduce_torchvisions_networks(name):
     assert len(factors.full_ranks()) >= 5
     with torch.no_grad():
         assert spread(model(x)) > 0.01
-        assert relative_difference(compressed(x), model(x)) < 1e-4
+        assert relative_error(compressed(x), model(x)) < 1e-4
 
 
 @pytest.mark.parametrize("count", [2, 8])
@@ -146,7 +143,7 @@ def test_data_aware_full_ranks_reproduce_networks_on_images_that_were_not_seen(n
     model, x = torchvision_net(name), images((3, 64, 64), count=2)
     factors = factorize(model, images((3, 64, 64), count, seed=4))
     with torch.no_grad():
-        assert relative_difference(factors.compress(factors.full_ranks())(x), model(x)) < 2e-5
+        assert relative_error(factors.compress(factors.full_ranks())(x), model(x)) < 2e-5
 
 
 def test_full_ranks_reproduce_a_network_with_linear_layers_on_channels_last_maps():
@@ -157,7 +154,7 @@ def test_full_ranks_reproduce_a_network_with_linear_layers_on_channels_last_maps
     assert "features.1.0.block.3" in factors.layers
     full, config = factors.full_ranks(), random_config(factors, seed=0)
     with torch.no_grad():
-        assert relative_difference(factors.compress(full)(x), model(x)) < 1e-4
+        assert relative_error(factors.compress(full)(x), model(x)) < 1e-4
     assert factors.flops(config) == count_flops(factors.compress(config), (3, 32, 40))
 
 
@@ -166,7 +163,7 @@ def test_full_ranks_reproduce_the_small_network_in_double_precision(bases):
     model, x = small_net().double(), images().double()
     factors = factorize(model, x, bases=bases)
     with torch.no_grad():
-        assert relative_difference(factors.compress(factors.full_ranks())(x), model(x)) < 1e-10
+        assert relative_error(factors.compress(factors.full_ranks())(x), model(x)) < 1e-10
 
 
 def test_the_empty_configuration_is_a_copy():
@@ -285,7 +282,7 @@ def test_a_network_with_layers_that_stay_dense_is_reproduced():
     model, x = Mixture().eval(), images()
     factors = factorize(model, x)
     with torch.no_grad():
-        assert relative_difference(factors.compress(factors.full_ranks())(x), model(x)) < 1e-4
+        assert relative_error(factors.compress(factors.full_ranks())(x), model(x)) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -309,7 +306,7 @@ def test_a_small_matrix_is_factorised_if_it_is_named():
     factors = factorize(model, x, layers=["plain", "hidden", "head"])
     assert list(factors.layers) == ["plain", "hidden", "head"]
     with torch.no_grad():
-        assert relative_difference(factors.compress(factors.full_ranks())(x), model(x)) < 1e-4
+        assert relative_error(factors.compress(factors.full_ranks())(x), model(x)) < 1e-4
 
 
 def test_a_convolution_that_is_used_twice_is_replaced_in_both_places():
@@ -324,7 +321,7 @@ def test_a_convolution_that_is_used_twice_is_replaced_in_both_places():
     assert factors.params(config) == count_params(compressed)
     assert factors.flops(config) == count_flops(compressed, SMALL_SHAPE)
     with torch.no_grad():
-        assert relative_difference(factors.compress(factors.full_ranks())(x), model(x)) < 1e-4
+        assert relative_error(factors.compress(factors.full_ranks())(x), model(x)) < 1e-4
 
 
 def test_a_model_that_is_one_convolution():
@@ -332,7 +329,7 @@ def test_a_model_that_is_one_convolution():
     model, x = nn.Conv2d(3, 5, (3, 2), stride=2).eval(), images()
     factors = factorize(model, x)
     with torch.no_grad():
-        assert relative_difference(factors.compress(factors.full_ranks())(x), model(x)) < 1e-4
+        assert relative_error(factors.compress(factors.full_ranks())(x), model(x)) < 1e-4
     config = {"": KernelRanks(2, 3, 4)}
     compressed = factors.compress(config)
     assert isinstance(compressed, HTLayer)

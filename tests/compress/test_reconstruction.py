@@ -11,7 +11,7 @@ from common.compress.targets import STATISTICS_ROWS, statistics
 from common.configuration import KernelRanks, MatrixRanks
 from common.modules import copy_with
 from common.ranks import uniform
-from tests.helpers import halved
+from tests.helpers import halved, relative_error
 
 
 def images(count: int = 48, seed: int = 0) -> Tensor:
@@ -71,8 +71,7 @@ def lost(model: nn.Module, dense: nn.Module, x: Tensor) -> float:
 
 def difference(one: nn.Module, other: nn.Module, x: Tensor) -> float:
     with torch.no_grad():
-        expected = one.eval()(x)
-        return float((other.eval()(x) - expected).abs().max() / expected.abs().max())
+        return relative_error(other.eval()(x), one.eval()(x))
 
 
 def outputs_of(model: nn.Module, name: str, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from common.configuration import KernelRanks
 from common.cost import count_flops, count_params
 from common.deploy import deploy, fold_batch_norm
 from common.ranks import uniform
+from tests.helpers import relative_error
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def made(kind=Net):
 def difference(model, small, images):
     with torch.no_grad():
         expected, found = model(images), small.eval()(images)
-    return float((expected - found).abs().max() / expected.abs().max())
+    return relative_error(found, expected)
 
 
 def full(model, images):

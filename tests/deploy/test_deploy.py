@@ -17,12 +17,9 @@ from common.deploy.runtimes import compiled, cuda_graph
 from common.models import build_model
 from common.modules import copy_with
 from common.ranks import uniform
+from tests.helpers import relative_error
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
-
-
-def relative_error(found, expected):
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 def with_statistics(model, seed=0):

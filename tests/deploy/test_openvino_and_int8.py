@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.compress import factorize
-from common.deploy import choose, deploy, export_onnx, onnx_session, runtimes
+from common.deploy import choose, deploy, export_onnx, onnx_session, quantise, runtimes
 from common.deploy import packages as module
 from common.deploy.onnx_export import onnx_bytes
 from common.deploy.openvino_run import openvino_model, openvino_session
 from common.deploy.quantise import quantised_onnx
 from common.deploy.runtimes import Target
 from common.ranks import uniform
-from tests.helpers import fitted, loaders_of
+from tests.helpers import fitted, loaders_of, relative_error
 
 pytestmark = pytest.mark.apart
 
@@ -50,17 +50,13 @@ def small(digits):
     return factors.compress(uniform(factors, 0.5)).eval()
 
 
-def relative(expected, found):
-    return float((expected - found).abs().max() / expected.abs().max())
-
-
 @pytest.mark.parametrize("plans", ["measure", "keep"])
 def test_openvino_gives_torchs_outputs_at_any_batch_size(small, images, plans):
     deployed = deploy(small, images[:8], runtime="openvino", plans=plans, rounds=2)
     assert deployed.runtime == "openvino"
     for batch in (8, 3, 1):
         with torch.no_grad():
-            assert relative(small(images[:batch]), deployed(images[:batch])) < 1e-4
+            assert relative_error(deployed(images[:batch]), small(images[:batch])) < 1e-4
     assert "openvino on cpu" in deployed.report()
 
 
@@ -69,7 +65,7 @@ def test_openvino_in_bfloat16_takes_and_gives_float32(small, images):
     found = deployed(images[:8])
     assert found.dtype == torch.float32
     with torch.no_grad():
-        assert relative(small(images[:8]), found) < 0.05
+        assert relative_error(found, small(images[:8])) < 0.05
     assert "bfloat16" in deployed.runtime
 
 
@@ -111,13 +107,13 @@ def test_int8_nearly_gives_the_same_and_is_no_float32(small, images, digits, run
     with torch.no_grad():
         expected = small(images)
     found = deployed(images)
-    assert relative(expected, found) > 1e-4
+    assert relative_error(found, expected) > 1e-4
     assert float((expected - found).square().mean() / expected.square().mean()) < 0.05
     assert float((expected.argmax(1) == found.argmax(1)).float().mean()) > 0.8
     assert "int8" in deployed.runtime
     assert deployed.predicted_seconds is None
     with torch.no_grad():  # what is kept is the network as it was
-        assert relative(expected, deployed.model(images)) < 1e-4
+        assert relative_error(deployed.model(images), expected) < 1e-4
 
 
 @pytest.mark.parametrize("winner", [0, 1])
@@ -149,7 +145,7 @@ def test_a_layer_alone_is_timed_in_int8(images, runtime, monkeypatch):
     layer, inputs = nn.Conv2d(3, 8, 3).eval(), images[:4]
     found = Target(runtime, False, False, 1, int8=images[:8]).layer_run(layer, inputs)(inputs)
     assert len(quantised) == 1
-    assert 1e-4 < relative(layer(inputs).detach(), found) < 0.1
+    assert 1e-4 < relative_error(found, layer(inputs)) < 0.1
     Target(runtime, False, False, 1).layer_run(layer, inputs)
     assert len(quantised) == 1
 
@@ -164,7 +160,38 @@ def test_a_file_in_int8_is_smaller_checked_and_keeps_its_metadata(small, images,
         "classes": ["a", "b"]
     }
     with torch.no_grad():
-        assert relative(small(images[:3]), onnx_session(quantised)(images[:3])) < 0.4
+        assert relative_error(onnx_session(quantised)(images[:3]), small(images[:3])) < 0.4
+
+
+def largest_weight(graph):
+    """In int8, of all weights of a graph."""
+    tensors = [onnx.numpy_helper.to_array(one) for one in graph.graph.initializer]
+    return max(int(abs(one.astype(int)).max()) for one in tensors if one.dtype == "int8" and one.ndim > 1)
+
+
+@pytest.mark.parametrize("cut_off", [True, False])
+def test_products_of_int8_fit_where_a_processor_would_cut_them_off(small, images, cut_off, monkeypatch, tmp_path):
+    monkeypatch.setattr(quantise, "saturates", lambda: cut_off)
+    own = onnx.load_from_string(quantised_onnx(onnx_bytes(small, images[:2]), images[:32]))
+    assert (largest_weight(own) <= 64) == cut_off
+    export_onnx(small, images[:4], tmp_path / "anywhere.onnx", int8=images[:32])
+    assert 32 < largest_weight(onnx.load(tmp_path / "anywhere.onnx")) <= 64
+
+
+@pytest.mark.parametrize(
+    ("machine", "known", "cut_off"),
+    [
+        ("x86_64", {"avx2": True, "avx512_vnni": False}, True),
+        ("AMD64", {}, True),
+        ("x86_64", {"avx512_f": True, "avx512_vnni": True}, False),
+        ("x86_64", {"avx2": True, "avx_vnni": True}, False),
+        ("aarch64", {}, False),
+    ],
+)
+def test_processors_that_cut_products_off(machine, known, cut_off, monkeypatch):
+    monkeypatch.setattr(quantise.platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    assert quantise.saturates.__wrapped__() == cut_off
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import documents, update_docs
+from tools import benchmark_parts, command_parts, documents, run_parts, update_docs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -94,11 +94,11 @@ def test_only_known_parts_are_filled():
 
 
 def test_the_comparison_says_where_it_is_not_ahead():
-    text = documents.against_published([run()], PUBLISHED)
+    text = run_parts.against_published([run()], PUBLISHED)
     lines = {line.split("|")[2].strip(): line for line in text.splitlines() if line.startswith("| Resnet")}
     verdicts = {label: line.split("|")[4].strip() + " " + line.split("|")[5].strip() for label, line in lines.items()}
     assert verdicts == {"parameters": "-96.0% yes", "FLOPs": "-90.0% no", "speed": "5.00x yes"}
-    assert "none within tolerance" in documents.against_published([run(accuracy=0.9)], PUBLISHED)
+    assert "none within tolerance" in run_parts.against_published([run(accuracy=0.9)], PUBLISHED)
 
 
 def at(size, dataset="mnist", **options):
@@ -109,28 +109,28 @@ def at(size, dataset="mnist", **options):
 
 def test_the_largest_size_of_each_task_speaks_for_it():
     runs = [at(32), at(224), at(224, seed=1), at(64, "fashion-mnist")]
-    assert documents.largest(runs) == runs[1:]
+    assert run_parts.largest(runs) == runs[1:]
 
 
 def test_only_the_published_data_set_is_compared_and_at_its_largest_size():
     runs = [at(32, params=10_000), at(224), at(64, "fashion-mnist", params=10_000)]
-    assert documents.against_published(runs, PUBLISHED) == documents.against_published([at(224)], PUBLISHED)
+    assert run_parts.against_published(runs, PUBLISHED) == run_parts.against_published([at(224)], PUBLISHED)
 
 
 def test_a_notebook_that_was_not_run_to_its_end_is_refused():
     executed = {"input_path": "/a/htd-vgg-res.ipynb", "duration": None, "parameters": {}}
     with pytest.raises(ValueError, match=r"htd-vgg-res\.ipynb under mnist-224 was not run to its end"):
-        documents._notebook_command("mnist-224", executed)
+        command_parts._notebook_command("mnist-224", executed)
 
 
 def test_seeds_are_listed_with_their_spread_and_a_lone_run_is_not():
-    text = documents.seeds([run(), run(seed=1, params=60_000)])
+    text = run_parts.seeds([run(), run(seed=1, params=60_000)])
     assert "95.00% ± 1.41%" in text
-    assert "Resnet" not in documents.seeds([run()])
+    assert "Resnet" not in run_parts.seeds([run()])
 
 
 def test_a_search_is_priced_beside_the_exhaustive_one():
-    text = documents.search_costs([run()], PUBLISHED)
+    text = run_parts.search_costs([run()], PUBLISHED)
     assert [cell.strip() for cell in text.splitlines()[-1].split("|")[2:-1]] == [
         "2",
         "1.0",
@@ -143,7 +143,7 @@ def test_a_search_is_priced_beside_the_exhaustive_one():
     ]
     without = copy.deepcopy(run())
     del without["header"]["search_seconds"]
-    assert "20x" not in documents.search_costs([without], PUBLISHED)
+    assert "20x" not in run_parts.search_costs([without], PUBLISHED)
 
 
 def test_methods_on_a_published_network_stand_beside_each_other():
@@ -161,7 +161,7 @@ def test_methods_on_a_published_network_stand_beside_each_other():
     rows += [one("pruning", 0.5, 0, 0.1), one("pruning", 0.5, 3, 0.85), one("ours", 0.3, 3, 0.7)]
     rows += [one("dense, trained on", 1.0, 3, 0.91), {**one("lame", 0.5, 3, 0), "failed": "why"}]
     del rows[-1]["test_accuracy"]
-    text = documents.beside_others({"rows": rows, "dense": {"N": 0.9, "other": 0.8}}, "N")
+    text = benchmark_parts.beside_others({"rows": rows, "dense": {"N": 0.9, "other": 0.8}}, "N")
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     assert lines[0] == ["points lost", "50%, untrained", "50%, 3 epochs", "30%, 3 epochs"]
     assert lines[2:] == [["ours", "3.00 ± 1.41", "1.50", "21.00"], ["pruning", "-", "6.00", "-"]]
@@ -190,7 +190,7 @@ def test_documents_name_files_that_exist(name):
 
 
 def test_one_row_a_network_counts_seeds_and_names_the_machine():
-    table = documents.networks([run(), run(seed=1, params=20_000)], "mnist")
+    table = run_parts.networks([run(), run(seed=1, params=20_000)], "mnist")
     assert "| ResNet18" in table
     assert "1 M → 30 k (33x)" in table
     assert "50 M → 5 M (10x)" in table
@@ -202,18 +202,18 @@ def test_one_row_a_network_counts_seeds_and_names_the_machine():
     other = run(seed=1)
     other["header"] |= {"machine": "A(R) B(R) Processor", "model": "alexnet"}
     other["baseline"]["architecture"] = "alexnet"
-    last = documents.networks([run(), other], "mnist").splitlines()[-1]
+    last = run_parts.networks([run(), other], "mnist").splitlines()[-1]
     assert last.startswith("ResNet18: m, 2 threads; AlexNet: A B, 2 threads; speed in ")
     assert last.count("speed in onnxruntime 1.0, batch 16") == 1
-    assert "none within tolerance" in documents.networks([run(accuracy=0.5)], "mnist")
-    assert "ResNet18" not in documents.networks([run()], "fashion-mnist")
+    assert "none within tolerance" in run_parts.networks([run(accuracy=0.5)], "mnist")
+    assert "ResNet18" not in run_parts.networks([run()], "fashion-mnist")
 
 
 def test_only_fine_tuned_accuracies_stand_in_the_short_table_of_rules():
     row = {"table": "rules", "name": "policy", "budget": 0.15, "val_screened": 0.1}
     rows = [{**row, "seed": seed, "test_accuracy": 0.8 + seed / 100} for seed in (0, 1)]
     rows += [{**row, "seed": 0, "name": "vbmf", "status": "failed"}]
-    table = documents.fine_tuned({"rows": rows, "dense_test": 0.91})
+    table = benchmark_parts.fine_tuned({"rows": rows, "dense_test": 0.91})
     assert "0.8050 ± 0.0071" in table
     assert "vbmf" not in table
     assert table.endswith("Dense: 0.9100. Mean ± standard deviation of 2 seeds.")
