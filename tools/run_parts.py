@@ -104,7 +104,7 @@ def _engineering(value: float) -> str:
 
 
 def _machine(head: Mapping[str, Any]) -> str:
-    name = re.sub(r"\(R\)|\(TM\)| Processor$", "", head["machine"])
+    name = re.sub(r"\(R\)|\(TM\)| Processor(?= \(|$)", "", head["machine"])
     return f"{name}, {head['threads']} threads"
 
 

@@ -205,6 +205,8 @@ def test_one_row_a_network_counts_seeds_and_names_the_machine():
     last = run_parts.networks([run(), other], "mnist").splitlines()[-1]
     assert last.startswith("ResNet18: m, 2 threads; AlexNet: A B, 2 threads; speed in ")
     assert last.count("speed in onnxruntime 1.0, batch 16") == 1
+    other["header"]["machine"] += " (AVX2)"
+    assert "AlexNet: A B (AVX2), 2 threads" in run_parts.networks([run(), other], "mnist")
     assert "none within tolerance" in run_parts.networks([run(accuracy=0.5)], "mnist")
     assert "ResNet18" not in run_parts.networks([run()], "fashion-mnist")
 
