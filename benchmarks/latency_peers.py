@@ -53,8 +53,14 @@ def tensorly_torch(subject: Subject) -> nn.Module:
 
 
 def torch_pruning(subject: Subject) -> nn.Module:
-    """The dense network with channels pruned by magnitude, all layers by one share, to our FLOPs."""
-    return peers.torch_pruning(subject.dense, subject.example, subject.flops, round_to=8)
+    """The dense network with channels pruned by magnitude, all layers by one share, to our FLOPs.
+
+    In multiples of the eight that kernels like, unless so small a network can be made only without.
+    """
+    try:
+        return peers.torch_pruning(subject.dense, subject.example, subject.flops, round_to=8)
+    except ValueError:
+        return peers.torch_pruning(subject.dense, subject.example, subject.flops)
 
 
 PEERS: Mapping[str, Callable[[Subject], nn.Module]] = {

@@ -111,10 +111,16 @@ def tensorly_torch(
 def torch_pruning(dense: nn.Module, example: Tensor, flops: int, *, round_to: int | None = None) -> nn.Module:
     """The network with groups of channels pruned by their magnitude, all layers by one share, within the FLOPs.
 
+    Args:
+        round_to: channels are kept in multiples of it.
+
     Raises:
         ValueError: its smallest takes more: a group is never pruned to its last channel.
     """
     library = package("torch-pruning")
+    widths = [len(module.weight) for module in dense.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    # Below it the package leaves the narrowest layers whole, since nothing of them would stay.
+    least = (1 + 1e-6) * (round_to or 1) / min(widths[:-1])
 
     def pruned(kept: float) -> nn.Module:
         model = copy.deepcopy(dense)
@@ -130,7 +136,8 @@ def torch_pruning(dense: nn.Module, example: Tensor, flops: int, *, round_to: in
         return model.eval()
 
     with torch.enable_grad():
-        return _allowed(pruned(largest(lambda kept: flops_of(pruned(kept), example), flops)), example, flops)
+        kept = largest(lambda share: flops_of(pruned(share), example), flops, least)
+        return _allowed(pruned(kept), example, flops)
 
 
 def tucker2_ranks(weights: ModelFactors, budget: float) -> Configuration:
@@ -242,9 +249,9 @@ def flops_of(model: nn.Module, example: Tensor) -> int:
     return count_flops(model, tuple(example.shape[1:]))
 
 
-def largest(flops_at: Callable[[float], int], allowed: int) -> float:
-    """The largest knob in (0, 1] at which the FLOPs, which grow with it, are allowed."""
-    low, high = 0.01, 1.0
+def largest(flops_at: Callable[[float], int], allowed: int, least: float = 0.01) -> float:
+    """The largest knob from `least` to 1 at which the FLOPs, which grow with it, are allowed; `least` where none is."""
+    low, high = least, 1.0
     for _ in range(STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if flops_at(middle) <= allowed else (low, middle)

@@ -53,7 +53,7 @@ def machine() -> str:
 
 
 def instructions() -> list[str]:
-    """The vector instructions that torch uses here, and those of INSTRUCTIONS that the processor has, where it tells."""
+    """The vector instructions that torch uses here, and those of INSTRUCTIONS that it finds."""
     known = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 to 2.9 cannot tell
     more = [name for name, kinds in INSTRUCTIONS.items() if any(known.get(kind) for kind in kinds)]
     return [torch.backends.cpu.get_cpu_capability(), *more]
