@@ -12,9 +12,6 @@ from tabulate import tabulate
 
 from common.search import MOST_SENSITIVITY_IMAGES
 
-SPREAD = 0.3
-"""Of the simulated durations: the standard deviation of their logarithm."""
-
 
 def tables(folder: Path) -> str:
     """What the commands have left in a folder, as Markdown."""
@@ -66,8 +63,9 @@ def _simulated(content: Mapping[str, Any]) -> str:
     ]
     note = (
         f"Seconds of a search whose candidates take {content['median_seconds']:g} s (median; the logarithm's standard "
-        f"deviation {SPREAD}) for {content['layers']} layers: the driver's, measured, and the workers', simulated; in "
-        "brackets the share of the workers' time in use. With more workers than it feeds, the driver is the limit."
+        f"deviation {content['spread']:g}) for {content['layers']} layers: the driver's, measured, and the workers', "
+        "simulated; in brackets the share of the workers' time in use. With more workers than it feeds, the driver is "
+        "the limit."
     )
     return f"{tabulate(lines, heads, tablefmt='github', disable_numparse=True)}\n\n{note}"
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .files import write_text
+from .files import read_json, write_text
 from .search import MenuCosts
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def budget_of_speedup(speedup: float, measured: Callable[[float], float], least:
         ValueError: not even the smallest ranks are so fast.
     """
     if known.exists():
-        return json.loads(known.read_text())["budget"]
+        return read_json(known)["budget"]
     budget, tried = 1 / speedup, {}
     for _ in range(MOST_TIMED):
         budget = max(float(f"{budget:.3g}"), least)

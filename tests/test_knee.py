@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import compress_network
-from common.knee import CLOSE, MOST_BUDGETS, seek
+from common.knee import CLOSE, MOST_BUDGETS, budget_of_speedup, seek
 from common.ranks.menus import RANK_MULTIPLE, WIDE_FROM
 from common.reports import read_log
 from tests.helpers import fitted, loaders_of
@@ -141,3 +141,12 @@ def test_only_its_menus_go_below_the_ranks_that_kernels_like(digits, tmp_path, m
 def test_two_targets_at_once_are_refused(task, tmp_path):
     with pytest.raises(ValueError, match="two targets"):
         compress_network(*task, max_loss=0.01, speedup=2, folder=tmp_path)
+
+
+def test_the_budget_of_a_speedup_is_kept_and_a_damaged_file_of_it_is_named(tmp_path):
+    known = tmp_path / "speedup.json"
+    found = budget_of_speedup(2, lambda budget: 0.9 / budget, 0.01, known)
+    assert budget_of_speedup(2, None, 0.01, known) == found == pytest.approx(0.45, rel=0.1)
+    known.write_text(known.read_text()[:20])
+    with pytest.raises(ValueError, match=r"speedup\.json is damaged .*: delete it"):
+        budget_of_speedup(2, None, 0.01, known)

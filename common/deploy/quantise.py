@@ -13,32 +13,23 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import platform
 import tempfile
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils._pytree import tree_leaves
 
 from ..inputs import Inputs, length, split
 from ..modules import first_line
+from ..processor import has, is_x86
 from .packages import package
 
-VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")
-"""What torch calls the instructions that add products of int8 in 32 bits."""
 
-
-@cache
 def saturates() -> bool:
     """Whether this processor adds products of int8 in 16 bits: x86 without VNNI; and where torch cannot tell."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return False
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 to 2.9 cannot tell
-    return not any(known.get(name) for name in VNNI)
+    return is_x86() and not has("VNNI")
 
 
 def quantised_onnx(graph: bytes, images: Inputs, *, anywhere: bool = False) -> bytes:

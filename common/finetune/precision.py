@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cache
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from ..processor import has
 
 _CONVOLUTIONS = {
     getattr(torch, name): int(name[-2])
@@ -27,7 +28,7 @@ _CONVOLUTIONS = {
 def autocast(device: torch.device, wanted: bool | None = None) -> Iterator[None]:
     """bfloat16 autocast inside. wanted: None asks for it on CUDA and on processors that have bfloat16."""
     if wanted is None:
-        wanted = device.type == "cuda" or (device.type == "cpu" and _cpu_has_bfloat16())
+        wanted = device.type == "cuda" or (device.type == "cpu" and has("bfloat16"))
     narrow_in_float32 = _NarrowInFloat32() if wanted and device.type == "cpu" else nullcontext()
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted), narrow_in_float32:
         yield
@@ -54,10 +55,3 @@ def _input_and_weight(args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:
 def _narrow(axes: int, features: Tensor, weight: Tensor) -> bool:
     pairs = zip(features.shape[-axes:], weight.shape[-axes:], strict=True)
     return any(size < window for size, window in pairs)
-
-
-@cache
-def _cpu_has_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 in hardware; elsewhere autocast would only cost time."""
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 to 2.9 cannot tell
-    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
