@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -68,19 +68,31 @@ def hooked(
 ) -> Iterator[None]:
     """Inside: the model in eval mode, without gradients, with a forward hook on each of the named layers.
 
-    before: likewise hooks that are called before the layer runs.
+    before: likewise hooks that are called before the layer runs. Both find the layer's input in its place, as
+    torch's own hooks do, also where the model names it: ``layer(input=x)``.
     """
     handles = []
     with evaluating(model), torch.no_grad():
         try:
             for name, hook in hooks.items():
-                handles.append(model.get_submodule(name).register_forward_hook(hook))
+                module = model.get_submodule(name)
+                handles.append(module.register_forward_hook(_given_inputs(hook), with_kwargs=True))
             for name, hook in (before or {}).items():
-                handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
+                module = model.get_submodule(name)
+                handles.append(module.register_forward_pre_hook(_given_inputs(hook), with_kwargs=True))
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _given_inputs(hook: Callable) -> Callable:
+    def called(module: nn.Module, inputs: tuple, named: dict[str, Any], *output: Any) -> Any:
+        if not inputs and "input" in named:
+            inputs = (named["input"],)
+        return hook(module, inputs, *output)
+
+    return called
 
 
 class Reached(BaseException):

@@ -273,7 +273,8 @@ class KernelFactors(LayerFactors):
         if edge == "mid":
             full = self.full_ranks
             return self._middle_energies(full.rank_in, full.rank_out)
-        energies = self.core.square().sum((1, 2, 3) if edge == "in" else (0, 1, 2)).double()
+        others = (1, 2, 3) if edge == "in" else (0, 1, 2)
+        energies = torch.linalg.vector_norm(self.core, dim=others, dtype=torch.float64).square()
         return energies.sort(descending=True).values
 
     def _middle_energies(self, rank_in: int, rank_out: int) -> Tensor:
@@ -379,7 +380,9 @@ def falling_eigenbasis(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gram_matrix(matrix: Tensor) -> Tensor:
-    return matrix @ matrix.T
+    """``M M^T``, in float64 where float32 cannot hold it."""
+    found = matrix @ matrix.T
+    return found if torch.isfinite(found.sum()) else matrix.double() @ matrix.double().T
 
 
 def _lost_shares(energies: Tensor, total: float) -> Tensor:

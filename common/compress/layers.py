@@ -83,11 +83,11 @@ class HTLayer(nn.Module):
         )
         return filled(layer, weight, bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Same shapes as the layer this one stands for: (N, C_in, H, W) or (N, features)."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Same shapes, and the same name, as of the layer this one stands for: (N, C_in, H, W) or (N, features)."""
         if self.geometry.unflatten is None:
-            return self.stages(x)
-        return self.stages(x.reshape(-1, *self.geometry.unflatten)).flatten(1)
+            return self.stages(input)
+        return self.stages(input.reshape(-1, *self.geometry.unflatten)).flatten(1)
 
     @property
     def bias(self) -> nn.Parameter | None:

@@ -19,6 +19,10 @@ FEW = 0.05
 """Unknowns per row up to which a fit cannot be much better on its own rows than on others."""
 
 
+LARGEST = 1e12
+"""Sums of squares of larger values may not fit into float32."""
+
+
 def correction(z: Tensor, residual: Tensor) -> Tensor:
     """``D: (C_out, n)`` that minimises ``|residual - z D^T|^2 + ridge |D|^2``; ``(rows, C_out)`` and ``(rows, n)``.
 
@@ -26,6 +30,10 @@ def correction(z: Tensor, residual: Tensor) -> Tensor:
     Allen 1974: the residual there is the one at hand over 1 - h, h the row's leverage).
     """
     rows, n = z.shape
+    sizes = [float(torch.linalg.vector_norm(one, torch.inf)) for one in (z, residual)]
+    if min(sizes) > 0 and max(sizes) > LARGEST:
+        size, wanted = sizes
+        return correction(z / size, residual / wanted) * (wanted / size)
     variance = float(z.square().mean())
     if variance == 0:
         return torch.zeros(residual.shape[1], n).to(z)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from common.compress import HTLayer, Targets, factorize, recalibrate, reconstruct, reconstructed_outputs
 from common.compress.targets import STATISTICS_ROWS, statistics
 from common.configuration import KernelRanks, MatrixRanks
+from common.deploy import deploy
 from common.modules import copy_with
 from common.ranks import uniform
 from tests.helpers import halved, relative_error
@@ -340,3 +341,51 @@ def test_a_norms_statistics_are_those_of_all_rows_or_near_them_at_a_fraction(sha
     few = len(rows) <= STATISTICS_ROWS
     assert torch.allclose(mean, rows.mean(0), atol=1e-5 if few else 0.05)
     assert torch.allclose(variance, rows.var(0, correction=0), rtol=1e-4 if few else 0.1)
+
+
+class Named(nn.Module):
+    """Calls its layers by position, or names what it hands them, as torch's own layers allow."""
+
+    def __init__(self, named: bool) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.named = named
+        self.first, self.norm = nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12)
+        self.second, self.last = nn.Conv2d(12, 40, 3), nn.Linear(40, 36)
+
+    def forward(self, x):
+        for layer in (self.first, self.norm, nn.ReLU(), self.second):
+            x = layer(input=x) if self.named else layer(x)
+        features = x.mean((2, 3))
+        return self.last(input=features) if self.named else self.last(features)
+
+
+def test_layers_whose_input_is_named_are_compressed_like_any_others():
+    x = torch.randn(32, 3, 10, 10, generator=torch.Generator().manual_seed(6))
+    made = []
+    for named in (False, True):
+        dense = Named(named).eval()
+        factors = factorize(dense, x)
+        fitted = reconstruct(factors.compress(halved(factors)), Targets.of(factors, x))
+        given_back = recalibrate(factors.compress(halved(factors)), x, factors.output_means())
+        with torch.no_grad():
+            made.append([dense(x), fitted(x), given_back(x), deploy(fitted, x[:2]).run(x[:2])])
+    assert list(factors.layers) == ["first", "second", "last"]
+    for by_position, by_name in zip(*made, strict=True):
+        assert torch.equal(by_position, by_name)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_values_too_large_to_be_squared_are_fitted_like_any_others(bias):
+    torch.manual_seed(7)
+    dense = nn.Sequential(nn.Conv2d(3, 12, 3, bias=bias), nn.ReLU(), nn.Conv2d(12, 8, 3, bias=False), nn.ReLU()).eval()
+    x, size = images(), 2.0**66  # of which the square is no number in float32
+    made = []
+    for scale in (1.0, size):
+        with torch.no_grad():
+            if bias:
+                dense[0].bias *= scale
+            factors = factorize(dense, x * scale)
+            fitted = reconstruct(factors.compress(halved(factors)), Targets.of(factors, x * scale))
+            made.append(fitted(x * scale) / scale)
+    assert relative_error(made[1], made[0]) < 1e-3
