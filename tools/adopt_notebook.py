@@ -1,8 +1,8 @@
 """Puts an executed notebook's outputs into the notebook at the root: python tools/adopt_notebook.py EXECUTED...
 
 The cell in which papermill notes what it was called with goes, and so do its notes of times and paths; a line at the
-top says which command the outputs are of. Refuses a notebook that was not run to its end, or whose cells are not those
-of the one at the root.
+top says which command the outputs are of, in the executed notebook too, which was run from a root with outputs of its
+own. Refuses a notebook that was not run to its end, or whose cells are not those of the one at the root.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def adopted(executed: Any, current: Any, name: str) -> Any:
     for cell, old in zip(cells, current.cells, strict=True):
         cell.id = old.id
         cell.metadata = nbformat.from_dict({"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {})
-    cells[0].source = f"{cells[0].source}\n\n{NOTE} `{command(name, noted.get('parameters', {}))}`."
+    cells[0].source = with_note(executed, name)
     metadata = {key: executed.metadata[key] for key in ("kernelspec",) if key in executed.metadata}
     made = nbformat.v4.new_notebook(cells=cells, metadata={**metadata, "language_info": {"name": "python"}})
     for number, cell in enumerate([cell for cell in cells if cell.cell_type == "code"], start=1):
@@ -56,6 +56,12 @@ def adopted(executed: Any, current: Any, name: str) -> Any:
                 output.execution_count = number
     nbformat.validate(made)
     return made
+
+
+def with_note(executed: Any, name: str) -> str:
+    """The first cell's text, with the line that says which command the outputs are of."""
+    parameters = executed.metadata.get("papermill", {}).get("parameters", {})
+    return f"{without_note(executed.cells[0].source)}\n\n{NOTE} `{command(name, parameters)}`."
 
 
 def without_note(source: str) -> str:
@@ -82,10 +88,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 2 when a notebook could not be taken."""
     parser = argparse.ArgumentParser(description="Put executed notebooks' outputs into those at the root.")
     parser.add_argument("executed", nargs="+", type=Path)
-    for path in parser.parse_args(arguments).executed:
+    parser.add_argument("--note-alone", action="store_true", help="the root's stays: say whose outputs EXECUTED holds")
+    options = parser.parse_args(arguments)
+    for path in options.executed:
         try:
-            current = nbformat.read(ROOT / path.name, as_version=4)
-            made = adopted(nbformat.read(path, as_version=4), current, path.name)
+            executed = nbformat.read(path, as_version=4)
+            executed.cells[0].source = with_note(executed, path.name)
+            write_text(path, nbformat.writes(executed) + "\n")
+            if options.note_alone:
+                continue
+            made = adopted(executed, nbformat.read(ROOT / path.name, as_version=4), path.name)
         except (OSError, ValueError, nbformat.ValidationError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

@@ -4,7 +4,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from tools.adopt_notebook import NOTE, adopted, without_note
+from tools.adopt_notebook import NOTE, ROOT, adopted, main, with_note, without_note
 
 
 def notebooks(**changes):
@@ -62,3 +62,25 @@ def test_a_notebook_that_was_run_with_the_outputs_of_another_run_in_it_is_taken(
 def test_unfinished_or_foreign_notebooks_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         adopted(*notebooks(**changes), "x.ipynb")
+
+
+def test_the_executed_notebook_itself_says_whose_outputs_it_holds(tmp_path):
+    executed, _ = notebooks()
+    executed.cells[0].source += f"\n\n{NOTE} `papermill x.ipynb out.ipynb -p A 9`."
+    path = tmp_path / "x.ipynb"
+    nbformat.write(executed, path)
+    for _ in range(2):
+        assert main([str(path), "--note-alone"]) == 0
+        told = nbformat.read(path, as_version=4)
+        assert told.cells[0].source.count(NOTE) == 1
+        assert "-p A 5" in told.cells[0].source
+    assert told.cells[1:] == executed.cells[1:]
+
+
+def test_no_committed_notebook_is_said_to_be_of_another_command():
+    paths = sorted((ROOT / "results").glob("*/htd-*.ipynb"))
+    noted = [(path, nbformat.read(path, as_version=4)) for path in paths]
+    noted = [(path, one) for path, one in noted if NOTE in one.cells[0].source]
+    assert noted
+    for path, executed in noted:
+        assert executed.cells[0].source == with_note(executed, path.name)
