@@ -94,13 +94,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             executed = nbformat.read(path, as_version=4)
             executed.cells[0].source = with_note(executed, path.name)
-            write_text(path, nbformat.writes(executed) + "\n")
-            if options.note_alone:
-                continue
-            made = adopted(executed, nbformat.read(ROOT / path.name, as_version=4), path.name)
+            told = nbformat.writes(executed) + "\n"
+            if not options.note_alone:
+                made = adopted(executed, nbformat.read(ROOT / path.name, as_version=4), path.name)
         except (OSError, ValueError, nbformat.ValidationError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        write_text(path, told)
+        if options.note_alone:
+            continue
         write_text(ROOT / path.name, nbformat.writes(made) + "\n")
         print(f"{path} -> {ROOT.name}/{path.name}")
     return 0

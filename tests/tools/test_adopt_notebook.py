@@ -77,6 +77,15 @@ def test_the_executed_notebook_itself_says_whose_outputs_it_holds(tmp_path):
     assert told.cells[1:] == executed.cells[1:]
 
 
+def test_a_refused_notebook_stays_as_it_was(tmp_path, capsys):
+    path = tmp_path / "htd-resnet-res.ipynb"
+    nbformat.write(notebooks()[0], path)
+    before = path.read_bytes()
+    assert main([str(path)]) == 2
+    assert "other cells" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
 def test_no_committed_notebook_is_said_to_be_of_another_command():
     paths = sorted((ROOT / "results").glob("*/htd-*.ipynb"))
     noted = [(path, nbformat.read(path, as_version=4)) for path in paths]
