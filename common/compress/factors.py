@@ -16,6 +16,7 @@ from .dimension_tree import DimensionTree
 from .geometry import Geometry
 from .htucker import HTucker
 from .layers import PLANS, HTLayer, chain_ranks, merge_stages
+from .moments import product
 from .trace import LayerTrace
 
 KERNEL_TREE = DimensionTree(((1, 2), (3, 0)))
@@ -381,8 +382,7 @@ def falling_eigenbasis(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 def gram_matrix(matrix: Tensor) -> Tensor:
     """``M M^T``, in float64 where float32 cannot hold it."""
-    found = matrix @ matrix.T
-    return found if torch.isfinite(found.sum()) else matrix.double() @ matrix.double().T
+    return product(matrix, matrix.T)
 
 
 def _lost_shares(energies: Tensor, total: float) -> Tensor:

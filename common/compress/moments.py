@@ -88,10 +88,15 @@ class Accumulator:
         return self.second_moment if zero else self.covariance
 
 
+def product(one: Tensor, other: Tensor) -> Tensor:
+    """Their matrix or inner product, in float64 where float32 cannot hold it."""
+    found = one @ other
+    return found if torch.isfinite(found.sum()) else one.double() @ other.double()
+
+
 def _product(one: Tensor, other: Tensor) -> Tensor:
-    """Their matrix or inner product, in float64, summed in float32 unless that cannot hold it."""
-    found = (one @ other).double()
-    return found if torch.isfinite(found).all() else one.double() @ other.double()
+    """The same, to be added up in float64."""
+    return product(one, other).double()
 
 
 class _WindowAccumulator:

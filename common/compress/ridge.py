@@ -18,9 +18,8 @@ RIDGE = 1e-2
 FEW = 0.05
 """Unknowns per row up to which a fit cannot be much better on its own rows than on others."""
 
-
-LARGEST = 1e12
-"""Sums of squares of larger values may not fit into float32."""
+LARGEST = 1e24
+"""Mean square of rows above which their products may not fit into float32."""
 
 
 def correction(z: Tensor, residual: Tensor) -> Tensor:
@@ -30,13 +29,12 @@ def correction(z: Tensor, residual: Tensor) -> Tensor:
     Allen 1974: the residual there is the one at hand over 1 - h, h the row's leverage).
     """
     rows, n = z.shape
-    sizes = [float(torch.linalg.vector_norm(one, torch.inf)) for one in (z, residual)]
-    if min(sizes) > 0 and max(sizes) > LARGEST:
-        size, wanted = sizes
-        return correction(z / size, residual / wanted) * (wanted / size)
-    variance = float(z.square().mean())
-    if variance == 0:
+    variance, energy = (float(one.square().mean()) for one in (z, residual))
+    if variance == 0 or energy == 0:
         return torch.zeros(residual.shape[1], n).to(z)
+    if max(variance, energy) > LARGEST:
+        size, wanted = (float(one.abs().max()) for one in (z, residual))
+        return correction(z / size, residual / wanted) * (wanted / size)
     # Of the two normal equations the smaller one; sums in float32, solved in float64.
     gram = (z.T @ z if n <= rows else z @ z.T).double()
     gram.diagonal().add_(RIDGE * variance * rows)
