@@ -37,7 +37,7 @@ from benchmarks import peers
 from benchmarks.cifar_resnet import MEAN, STD, from_checkpoint, network_name
 from benchmarks.rows import command, resumed
 from common import data
-from common.compress import factorize, reconstruct
+from common.compress import ModelFactors, factorize, reconstruct
 from common.configuration import Configuration
 from common.cost import count_params
 from common.files import write_text
@@ -74,9 +74,9 @@ among 0, 10 and 100 by the divergence from the dense outputs on validation."""
 class Shapes:
     """A network's factors, and the networks of the layers that rows have: not fitted, not trained."""
 
-    def __init__(self, model: nn.Module, images: Tensor) -> None:
+    def __init__(self, model: nn.Module, images: Tensor, factors: ModelFactors | None = None) -> None:
         self.model, self.images = model, images
-        self.factors = factorize(model, images)
+        self.factors = factorize(model, images) if factors is None else factors
         self.weights = factorize(model, images, bases="weight")
 
     def of(self, row: Mapping[str, Any]) -> nn.Module:
@@ -151,14 +151,8 @@ class Bench(Shapes):
         """The network, its configuration, and how many were screened for it."""
         if method == DENSE:
             return copy_with(self.model, {}), Configuration({}), 0
-        if method == TWO_FACTOR:
-            config = peers.two_factor_ranks(self.factors, budget)
-            return reconstruct(peers.in_plan(self.factors, config, "output-pair"), self.screener.targets), config, 1
-        if method in PEERS:
-            return self.peer(method, budget), Configuration({}), 1
-        if method in RULES:
-            config = meet_budget(method, self.weights, budget, priced=self.factors)
-            return self.screener.build(config), config, 1
+        if method not in SAMPLERS:
+            return *proposed(self, self.screener, method, budget), 1
         settings = SearchSettings(budgets=(budget,), candidates=self.options.candidates, sampler=method, seed=self.seed)
         records = Search(self.screener, self.menus, self.sensitivity, settings).run(progress=False)
         screened = [record for record in records if record["status"] == "screened"]
@@ -166,6 +160,20 @@ class Bench(Shapes):
             raise CandidateFailed(f"all candidates of {method} at {budget} failed")
         best = min(screened, key=lambda record: record["divergence"])["config"]
         return self.screener.build(best), best, len(records)
+
+
+def proposed(shapes: Shapes, screener: Screener, method: str, budget: float) -> tuple[nn.Module, Configuration]:
+    """The one network that a rule or a peer proposes at a budget, and its ranks (a peer's has none of ours).
+
+    Networks of our layers are fitted alike, on the screener's images.
+    """
+    if method == TWO_FACTOR:
+        config = peers.two_factor_ranks(shapes.factors, budget)
+        return reconstruct(peers.in_plan(shapes.factors, config, "output-pair"), screener.targets), config
+    if method in PEERS:
+        return shapes.peer(method, budget), Configuration({})
+    config = meet_budget(method, shapes.weights, budget, priced=shapes.factors)
+    return screener.build(config), config
 
 
 def table(content: Mapping[str, Any]) -> str:

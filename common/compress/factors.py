@@ -265,9 +265,7 @@ class KernelFactors(LayerFactors):
     @cached_property
     def energy(self) -> float:
         """Squared norm of the whitened kernel: the output's energy, up to correlations between positions."""
-        return (
-            float(self.core.double().square().sum()) if self.core.numel() < 2**26 else float(self.core.square().sum())
-        )
+        return float(_energies(self.core, (0, 1, 2, 3)))
 
     def edge_energies(self, edge: str) -> Tensor:
         """Squared singular values, falling, of the edge "in", "mid" or "out" of the whole whitened kernel."""
@@ -275,8 +273,7 @@ class KernelFactors(LayerFactors):
             full = self.full_ranks
             return self._middle_energies(full.rank_in, full.rank_out)
         others = (1, 2, 3) if edge == "in" else (0, 1, 2)
-        energies = torch.linalg.vector_norm(self.core, dim=others, dtype=torch.float64).square()
-        return energies.sort(descending=True).values
+        return _energies(self.core, others).sort(descending=True).values
 
     def _middle_energies(self, rank_in: int, rank_out: int) -> Tensor:
         """Squared singular values of the middle edge at these leaf ranks, falling. Cached: menus ask repeatedly."""
@@ -383,6 +380,11 @@ def falling_eigenbasis(gram: Tensor) -> tuple[Tensor, Tensor]:
 def gram_matrix(matrix: Tensor) -> Tensor:
     """``M M^T``, in float64 where float32 cannot hold it."""
     return product(matrix, matrix.T)
+
+
+def _energies(core: Tensor, over: tuple[int, ...]) -> Tensor:
+    """Squared norms over these axes, in float64."""
+    return torch.linalg.vector_norm(core, dim=over, dtype=torch.float64).square()
 
 
 def _lost_shares(energies: Tensor, total: float) -> Tensor:
