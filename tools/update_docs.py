@@ -76,6 +76,7 @@ def sections(results: Path) -> Mapping[str, Callable[[], str]]:
     series = {
         "published-networks": sorted(results.glob("published-networks*/table.md")),
         "published-speed": sorted(results.glob("published-networks*/speed.md")),
+        "run-peers": sorted(results.glob("run-peers-*/run-peers.md")),
         "own-networks": sorted((results / "own-networks").glob("*.md")),
         "runtimes": sorted(results.glob("runtimes-*/runtimes.md")),
         "roofline": sorted(results.glob("roofline-*/roofline.md")),
