@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,11 @@ class Shapes:
     def __init__(self, model: nn.Module, images: Tensor, factors: ModelFactors | None = None) -> None:
         self.model, self.images = model, images
         self.factors = factorize(model, images) if factors is None else factors
-        self.weights = factorize(model, images, bases="weight")
+
+    @cached_property
+    def weights(self) -> ModelFactors:
+        """Factorised without data, as rules and peers that look at weights alone need it."""
+        return factorize(self.model, self.images, bases="weight")
 
     def of(self, row: Mapping[str, Any]) -> nn.Module:
         """What a row's speed can be measured on, which is of the layers alone."""

@@ -17,12 +17,13 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from tabulate import tabulate
+from torch import Tensor, nn
 from tqdm import tqdm
 
 if __package__ in (None, ""):
@@ -61,10 +62,35 @@ def trained_rows(content: Mapping[str, Any], network: str) -> list[dict[str, Any
     ]
 
 
-def timed(shapes: Shapes, rows: Sequence[Mapping[str, Any]], runtime: str, batch: int, rounds: int) -> dict[str, Any]:
-    """One case: seconds per batch of the dense network, and per row its seconds and its speed-up, round by round."""
-    example = shapes.images[:batch].clone()
+def time_cases(
+    content: dict[str, Any],
+    target: Path,
+    options: argparse.Namespace,
+    rows: Sequence[Mapping[str, Any]],
+    make_shapes: Callable[[], Shapes],
+) -> None:
+    """Time the rows in every runtime and batch size of the options that `content` lacks, and write each case at once.
+
+    Networks are made once for all cases, and only where one is missing: others' packages take minutes for some.
+    """
+    done = {(case["runtime"], case["batch"]) for case in content["cases"]}
+    cases = [(runtime, batch) for runtime in options.runtimes for batch in options.batches]
+    left = [case for case in cases if case not in done]
+    if not left:
+        return
+    shapes = make_shapes()
     networks = {DENSE: shapes.model} | {_name(row): shapes.of(row) for row in rows}
+    for runtime, batch in left:
+        example = shapes.images[:batch].clone()
+        content["cases"].append(_timed(networks, rows, example, runtime, options.rounds))
+        write_text(target, json.dumps(content, indent=1) + "\n")
+
+
+def _timed(
+    networks: Mapping[str, nn.Module], rows: Sequence[Mapping[str, Any]], example: Tensor, runtime: str, rounds: int
+) -> dict[str, Any]:
+    """One case: seconds per batch of the dense network, and per row its seconds and its speed-up, round by round."""
+    batch = len(example)
     runs = {
         name: deploy(network, example, runtime=runtime, rounds=rounds).run
         for name, network in tqdm(networks.items(), desc=f"deploying, {runtime}, batch {batch}", unit="network")
@@ -188,15 +214,12 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     asked = {**own, "network": network, "timed": [_name(row) for row in rows]}
     content = resumed(target, {"asked": asked, "cases": [], "provenance": provenance("cpu", 0)})
     content |= {"network": network, "epochs": rows[0]["epochs"], "networks": rows}
-    done = {(case["runtime"], case["batch"]) for case in content["cases"]}
-    left = [(runtime, batch) for runtime in options.runtimes for batch in options.batches]
-    left = [case for case in left if case not in done]
-    if left:
+
+    def make_shapes() -> Shapes:
         dataset = data.load(options.data, image_size=32, mean=MEAN, std=STD)
-        shapes = Shapes(model, dataset.train.sample(options.calibration, rows[0]["seed"]))
-    for runtime, batch in left:
-        content["cases"].append(timed(shapes, rows, runtime, batch, options.rounds))
-        write_text(target, json.dumps(content, indent=1) + "\n")
+        return Shapes(model, dataset.train.sample(options.calibration, rows[0]["seed"]))
+
+    time_cases(content, target, options, rows, make_shapes)
     return content
 
 

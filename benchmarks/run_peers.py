@@ -31,7 +31,7 @@ if __package__ in (None, ""):
 
 from benchmarks import peers
 from benchmarks.published_networks import PEERS, TWO_FACTOR, Shapes, proposed
-from benchmarks.published_speed import timed
+from benchmarks.published_speed import time_cases
 from benchmarks.rows import command, resumed
 from common.configuration import Configuration
 from common.cost import count_params
@@ -42,7 +42,7 @@ from common.finetune import TrainingDiverged, evaluate
 from common.modules import first_line
 from common.presets import RunSettings
 from common.provenance import provenance
-from common.reports import choose, group_runs, load_runs
+from common.reports import best_of, load_runs, standard
 
 OURS = "policy"
 METHODS = (OURS, "uniform", TWO_FACTOR, *PEERS)
@@ -99,10 +99,8 @@ class Bench:
         """What a method comes to; a peer that fails, or whose training diverges, is a row that says why."""
         try:
             return {"method": method, "budget": self.budget, **self._row(method)}
-        except TrainingDiverged as error:
-            return {"method": method, "budget": self.budget, "failed": first_line(error)}
         except Exception as error:  # other people's packages raise whatever they like
-            if method not in PEERS:
+            if method not in PEERS and not isinstance(error, TrainingDiverged):
                 raise
             return {"method": method, "budget": self.budget, "failed": first_line(error)}
 
@@ -137,18 +135,11 @@ class Bench:
 def _smallest(run: Mapping[str, Any]) -> Mapping[str, Any]:
     """The record of the run's network of fewest parameters within what it was to lose."""
     head = run["header"]
-    (group,) = group_runs([run])
-    allowed = head.get("max_loss") or head["tolerance"]
-    best = next(one.best for one in choose(group, allowed) if one.criterion == "Best Params Red.")
+    allowed = head["tolerance"] if head.get("max_loss") is None else head["max_loss"]
+    best = best_of(run, "Best Params Red.", allowed)
     if best is None:
         raise ValueError(f"{run['source']}: no network of this run lost at most {allowed}")
     return best.record
-
-
-def standard_of(run: Mapping[str, Any]) -> float:
-    """The test accuracy that losses are counted from: of the dense network, as it was or trained on as long."""
-    control = run["header"].get("dense_control")
-    return max(run["baseline"]["accuracy"], control["accuracy"] if control else 0.0)
 
 
 def table(content: Mapping[str, Any]) -> str:
@@ -195,16 +186,17 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> dict[str, Any]:
     bench = Bench(options.log, options.weights, options.out / "state")
     target = options.out / "rows.json"
-    run, settings = bench.run, bench.experiment.settings
+    settings = bench.experiment.settings
     facts = {
         **{name: getattr(settings, name) for name in ("model", "dataset", "image_size", "seed")},
         "epochs": settings.finetune_epochs,
         "images": len(bench.experiment.load_data().train),
         "params": bench.shapes.factors.dense_params,
         "flops": bench.shapes.factors.dense_flops,
-        "standard": standard_of(run),
+        "standard": standard(bench.run["baseline"]),
     }
-    fresh = {"asked": {"log": options.log.name, "rounds": options.rounds}, "run": facts, "rows": [], "cases": []}
+    asked = {"log": options.log.name, "rounds": options.rounds, "network": bench.ours["config_str"]}
+    fresh = {"asked": asked, "run": facts, "rows": [], "cases": []}
     content = resumed(target, {**fresh, "provenance": provenance("cpu", settings.seed) | {"peers": peers.versions()}})
     known = [row["method"] for row in content["rows"]]
     for method in tqdm([one for one in options.methods if one not in known], desc=settings.model, unit="row"):
@@ -212,11 +204,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         content["cases"] = []  # all rows are timed together
         write_text(target, json.dumps(content, indent=1) + "\n")
     rows = [row for row in content["rows"] if "failed" not in row]
-    done = {(case["runtime"], case["batch"]) for case in content["cases"]}
-    for runtime, batch in ((runtime, batch) for runtime in options.runtimes for batch in options.batches):
-        if (runtime, batch) not in done:
-            content["cases"].append(timed(bench.shapes, rows, runtime, batch, options.rounds))
-            write_text(target, json.dumps(content, indent=1) + "\n")
+    time_cases(content, target, options, rows, lambda: bench.shapes)
     return content
 
 

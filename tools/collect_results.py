@@ -20,7 +20,7 @@ import analyze_results
 import jsonify_logs
 from common.files import atomic_path, write_text
 from common.finetune.baselines import checkpoint_path
-from common.reports import choose, group_runs, load_runs, read_log, to_json
+from common.reports import best_of, load_runs, read_log, to_json
 from tools.documents import RUN_FOLDER, run_folders
 from tools.run_parts import STRICT
 
@@ -94,8 +94,8 @@ def forget_paths(notebook: Path) -> None:
 
 def _smallest(run: Path, log: Path) -> Path | None:
     """The weights of the accepted candidate with the fewest parameters, by the tables' rule; None if there is none."""
-    (group,) = group_runs(load_runs([run])[0])
-    best = next(choice.best for choice in choose(group, STRICT) if choice.criterion == "Best Params Red.")
+    (found,) = load_runs([run])[0]
+    best = best_of(found, "Best Params Red.", STRICT)
     if best is None:
         return None
     path = log.with_suffix("") / f"candidate-{best.record['trial']}.safetensors"

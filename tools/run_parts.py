@@ -12,6 +12,7 @@ from tabulate import tabulate
 from common.reports import (
     Candidate,
     Group,
+    best_of,
     caption,
     choose,
     family,
@@ -55,7 +56,7 @@ def networks(runs: Sequence[Run], dataset: str) -> str:
     machines: dict[str, list[str]] = {}
     speeds: dict[str, None] = {}
     for group in group_runs([run for run in largest(runs) if run["header"]["dataset"] == dataset]):
-        found = [best for run in group.runs if (best := _smallest(group, run)) is not None]
+        found = [best for run in group.runs if (best := _smallest(run)) is not None]
         if not found:
             rows.append([_title(group), "none within tolerance", "-", "-", "-", "-", "-"])
             continue
@@ -81,9 +82,8 @@ def networks(runs: Sequence[Run], dataset: str) -> str:
     return f"{table}\n\n{'; '.join([*lines, *speeds])}."
 
 
-def _smallest(group: Group, run: Run) -> Candidate | None:
-    choices = choose(Group(group.label, (run,)), STRICT)
-    return next(choice.best for choice in choices if choice.criterion == "Best FLOPs Red.")
+def _smallest(run: Run) -> Candidate | None:
+    return best_of(run, "Best FLOPs Red.", STRICT)
 
 
 def _title(group: Group) -> str:
@@ -168,7 +168,7 @@ def seeds(runs: Sequence[Run]) -> str:
             continue
         found = []
         for run in group.runs:
-            best = {c.criterion: c.best for c in choose(Group(group.label, (run,)), STRICT)}["Best FLOPs Red."]
+            best = _smallest(run)
             seed = str(run["header"]["seed"])
             rows.append([group.label, seed, *(_figures(best) if best else ["none within tolerance", "-", "-", "-"])])
             found += [best] if best else []

@@ -195,6 +195,11 @@ def choose(group: Group, tolerance: float, ties: str = "first") -> list[Choice]:
     return choices
 
 
+def best_of(run: Mapping[str, Any], criterion: str, tolerance: float) -> Candidate | None:
+    """The best candidate of one run by one of CRITERIA, as `choose` takes it; None where none is accepted."""
+    return next(one.best for one in choose(Group("", (run,)), tolerance) if one.criterion == criterion)
+
+
 def caption(groups: Sequence[Group], tolerance: float, ties: str = "first") -> list[str]:
     """The lines under a table: what was selected how, and how many candidates were tried, fine-tuned and failed."""
     settings = {_setting(run["header"]) for group in groups for run in group.runs} - {""}

@@ -104,3 +104,21 @@ def test_a_run_that_found_nothing_is_refused(finished, tmp_path, capsys):
     (tmp_path / "run.json").write_text(json.dumps(run))
     assert run_peers.main(["--log", str(tmp_path / "run.json"), *arguments[2:4], "--out", str(tmp_path)]) == 2
     assert "no network of this run lost at most" in capsys.readouterr().err
+
+
+def test_rows_of_another_network_are_not_taken_up(finished, tmp_path, capsys):
+    arguments, _, folder = finished
+    content = read_json(folder / "rows.json")
+    content["asked"]["network"] = "fc:(1)"
+    (tmp_path / "rows.json").write_text(json.dumps(content))
+    assert run_peers.main([*arguments[:4], "--rounds", "2", "--out", str(tmp_path)]) == 2
+    assert "rows of other settings" in capsys.readouterr().err
+
+
+def test_a_run_that_was_to_lose_nothing_is_held_to_it(finished, tmp_path, capsys):
+    arguments, *_ = finished
+    run = to_json(read_log(Path(arguments[1])))
+    run["header"] |= {"max_loss": 0.0, "dense_val_accuracy": 1.0}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    assert run_peers.main(["--log", str(tmp_path / "run.json"), *arguments[2:4], "--out", str(tmp_path)]) == 2
+    assert "no network of this run lost at most 0.0" in capsys.readouterr().err
