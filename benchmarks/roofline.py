@@ -34,7 +34,8 @@ if __package__ in (None, ""):
 from benchmarks.latency import Network, add_network_options
 from common.cost import measure_latency
 from common.deploy import deploy
-from common.deploy.profile import IN_INT8, PROFILED, Roofline, profile, roofline
+from common.deploy.profile import IN_INT8, PROFILED, profile
+from common.deploy.roofline import Roofline, roofline
 from common.files import atomic_path, write_text
 from common.provenance import provenance
 

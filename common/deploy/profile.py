@@ -1,8 +1,6 @@
 """Where the time of a deployed network goes: every kernel that a runtime executes, with its arithmetic and its traffic.
 
-Beside them stands what the machine can do at best, measured: the roofline of Williams et al. 2009
-(doi:10.1145/1498765.1498785). No kernel can be faster than its arithmetic at the peak of large convolutions, or its
-traffic at the speed of copies of that size.
+What the machine could do at best stands in `roofline`.
 """
 
 from __future__ import annotations
@@ -12,22 +10,20 @@ import math
 import re
 import statistics
 import tempfile
-from bisect import bisect_left
+import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..cost import measure_latency
 from ..inputs import Inputs
 from .onnx_export import onnx_bytes
-from .onnx_run import onnx_session
-from .openvino_run import openvino_model, openvino_session
+from .openvino_run import openvino_model
 from .packages import package
 from .quantise import quantised_openvino
 
@@ -36,10 +32,17 @@ PROFILED = ("onnxruntime", "openvino")
 IN_INT8 = ("openvino",)
 """Of these, the runtimes whose kernels say what weights they hold in int8."""
 
-FLOAT_BYTES = 4
+SETTLING_SECONDS, SETTLING_BATCHES = 0.3, 1000
+"""For so long, or so many batches, a network runs before its kernels are timed, and again while they are: a quick one's
+few rounds are over before threads and caches are as they stay."""
 
-COPIED_BYTES = tuple(2**power for power in range(14, 29, 2))
-"""Sizes of the copies that are timed, read and written bytes together: from what fits into a core's cache to memory."""
+UNTOLD_SECONDS = 5e-7
+"""Of a kernel that OpenVINO says took 0 microseconds."""
+
+ARITHMETIC = re.compile("conv|gemm|matmul|fullyconnected", re.IGNORECASE)
+"""Kinds of kernels that multiply."""
+
+FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Kernel:
     Attributes:
         layer: the module whose weights it holds, or whose output it goes on with; "" for none.
         kind: of operation, as the runtime says.
-        seconds: PER BATCH, median.
+        seconds: PER BATCH: the median, in OpenVINO the mean.
         flops: multiply-accumulates of a batch, padding included that the runtime adds.
         bytes: read and written, weights included, in the precision that they are in, if each is moved once.
     """
@@ -86,33 +89,6 @@ class _Observed:
     seconds: Sequence[float]
 
 
-@dataclass(frozen=True)
-class Roofline:
-    """What a machine can do at best, in one runtime, with a number of threads.
-
-    Attributes:
-        flops_per_second: multiply-accumulates, of the fastest of some large convolutions.
-        copies: (bytes read and written, bytes per second) of copies, by size.
-    """
-
-    flops_per_second: float
-    copies: tuple[tuple[int, float], ...]
-
-    def seconds(self, kernel: Kernel) -> float:
-        """The least that a kernel can take."""
-        return max(kernel.flops / self.flops_per_second, kernel.bytes / self.bytes_per_second(kernel.bytes))
-
-    def bytes_per_second(self, size: int) -> float:
-        """Of a copy of this many bytes: between measured sizes, along the logarithm."""
-        sizes = [one for one, _ in self.copies]
-        place = bisect_left(sizes, size)
-        if place in (0, len(sizes)):
-            return self.copies[min(place, len(sizes) - 1)][1]
-        (low, slow), (high, fast) = self.copies[place - 1], self.copies[place]
-        share = math.log(size / low) / math.log(high / low)
-        return slow + share * (fast - slow)
-
-
 def profile(
     model: nn.Module,
     example: Inputs,
@@ -129,20 +105,20 @@ def profile(
         example: a batch, float32 on the CPU.
         runtime: one of PROFILED.
         threads: None: as many as torch uses in this process.
-        rounds: batches whose median is taken.
+        rounds: batches that are timed, after the first ones; more of a quick network.
         int8: calibration images: of the network in int8, quantised with their ranges, in OpenVINO.
 
     Raises:
         ValueError: a runtime that says nothing of its kernels, or of their weights in int8, or that cannot quantise
             the network.
     """
-    _check(runtime, int8 is not None)
+    check_runtime(runtime, int8 is not None)
     graph = onnx_bytes(model, example)
     layers = _layers_of(graph)
     if runtime == "onnxruntime":
         measured = _onnxruntime(graph, example, threads, rounds)
     else:
-        measured = _openvino(_openvino_graph(graph, int8), example, threads, rounds)
+        measured = _openvino(openvino_graph(graph, int8), example, threads, rounds)
     return [
         Kernel(
             one.name,
@@ -156,49 +132,16 @@ def profile(
     ]
 
 
-def roofline(runtime: str, threads: int | None = None, *, rounds: int = 10, int8: bool = False) -> Roofline:
-    """Measure the peak of large convolutions in a runtime, in float32 or int8, and the speed of copies of all sizes.
-
-    Raises:
-        ValueError: a runtime that `profile` does not take.
-    """
-    _check(runtime, int8)
-    threads = threads or torch.get_num_threads()
-    peak = 0.0
-    for channels, side, window in ((128, 56, 3), (256, 28, 3), (512, 14, 3), (512, 28, 1)):
-        layer = nn.Conv2d(channels, channels, window, padding=window // 2, bias=False).requires_grad_(False)
-        images = torch.randn(8, channels, side, side)
-        graph = onnx_bytes(layer.eval(), images)
-        if runtime == "onnxruntime":
-            run = onnx_session(graph, threads)
-        else:
-            run = openvino_session(_openvino_graph(graph, images if int8 else None), threads)
-        seconds = measure_latency({"peak": run}, images, rounds=rounds, threads=threads)["peak"]
-        peak = max(peak, layer.weight.numel() * 8 * side**2 / seconds)
-    return Roofline(peak, tuple((size, _copy_speed(size, threads, rounds)) for size in COPIED_BYTES))
-
-
-def _check(runtime: str, int8: bool) -> None:
+def check_runtime(runtime: str, int8: bool) -> None:
+    """Raise ValueError for a runtime that says nothing of its kernels, or of their weights in int8."""
     if runtime not in PROFILED:
         raise ValueError(f"runtime must be one of {', '.join(PROFILED)}; got {runtime!r}")
     if int8 and runtime not in IN_INT8:
         raise ValueError(f"in int8 {runtime} says nothing of its kernels' weights; use runtime={IN_INT8[0]!r}")
 
 
-def _copy_speed(size: int, threads: int, rounds: int) -> float:
-    source = torch.randn(size // (2 * FLOAT_BYTES))
-    target = torch.empty_like(source)
-    repeats = max(1, 2**22 // size)  # one call of torch's costs microseconds
-
-    def copies(given: Tensor) -> Tensor:
-        for _ in range(repeats):
-            target.copy_(given)
-        return target
-
-    return repeats * size / measure_latency({"copy": copies}, source, rounds=rounds, threads=threads)["copy"]
-
-
-def _openvino_graph(graph: bytes, int8: Inputs | None) -> Any:
+def openvino_graph(graph: bytes, int8: Inputs | None) -> Any:
+    """OpenVINO's model of an ONNX graph, in int8 where calibration images are given."""
     model = openvino_model(graph)
     return model if int8 is None else quantised_openvino(model, int8)
 
@@ -215,8 +158,8 @@ def _onnxruntime(graph: bytes, example: Inputs, threads: int | None, rounds: int
             one.name: leaf.contiguous().numpy()
             for one, leaf in zip(session.get_inputs(), tree_leaves(example), strict=True)
         }
-        for _ in range(rounds + 2):
-            session.run(None, feed)
+        settling = _run_for(lambda: session.run(None, feed), rounds=2)
+        _run_for(lambda: session.run(None, feed), rounds)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     times: dict[str, list[float]] = defaultdict(list)
     facts: dict[str, Mapping[str, Any]] = {}
@@ -236,7 +179,7 @@ def _onnxruntime(graph: bytes, example: Inputs, threads: int | None, rounds: int
             fact["op_name"],
             moved(fact["input_type_shape"]),
             moved(fact["output_type_shape"]),
-            times[name][2:],
+            times[name][settling:],
         )
         for name, fact in facts.items()
     ]
@@ -252,31 +195,50 @@ def _openvino(model: Any, example: Inputs, threads: int | None, rounds: int) -> 
     options |= {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(model, "CPU", options)
     request = compiled.create_infer_request()
-    times: dict[str, list[float]] = defaultdict(list)
-    for number in range(rounds + 2):
-        request.infer(feed, share_inputs=True)
-        if number >= 2:
-            for one in request.profiling_info:
-                if str(one.status).endswith(".EXECUTED"):
-                    times[one.node_name].append(one.real_time.total_seconds())
+
+    def run(rounds: int) -> tuple[int, dict[str, float]]:
+        done = _run_for(lambda: request.infer(feed, share_inputs=True), rounds)
+        return done, {one.node_name: one.real_time.total_seconds() for one in request.profiling_info}
+
+    before, after = run(rounds=2), run(rounds)
     found = []
     for node in compiled.get_runtime_model().get_ordered_ops():
-        if node.friendly_name not in times:
-            continue
         facts = node.get_rt_info()
+        kind = str(facts["layerType"].astype(str))
+        times = [(runs, means.get(node.friendly_name, 0.0)) for runs, means in (before, after)]
+        if not (times[1][1] or ARITHMETIC.search(kind)):
+            continue  # a constant, or what takes no time
         inputs, outputs = (
             [_Moved(tuple(port.get_partial_shape().to_shape()), port.get_element_type().size) for port in ports]
             for ports in (node.inputs(), node.outputs())
         )
-        kind = str(facts["layerType"].astype(str))
         others = str(facts["originalLayersNames"].astype(str)).split(",")
-        found.append(_Observed(node.friendly_name, others, kind, inputs, outputs, times[node.friendly_name]))
+        found.append(_Observed(node.friendly_name, others, kind, inputs, outputs, [_mean_since(*times)]))
     return found
+
+
+def _mean_since(before: tuple[int, float], after: tuple[int, float]) -> float:
+    """Seconds a batch of the later runs, from (runs, mean seconds) of the first ones and of all.
+
+    OpenVINO tells a kernel's mean since its start, the slow first batches included, in whole microseconds.
+    """
+    (first, early), (later, late) = before, after
+    seconds = ((first + later) * late - first * early) / later
+    return max(seconds, UNTOLD_SECONDS)
+
+
+def _run_for(batch: Callable[[], object], rounds: int) -> int:
+    """Run a batch as often as asked, and more often for as long as a network settles; how often that was."""
+    began, done = time.perf_counter(), 0
+    while done < rounds or (done < SETTLING_BATCHES and time.perf_counter() - began < SETTLING_SECONDS):
+        batch()
+        done += 1
+    return done
 
 
 def _flops(kernel: _Observed) -> int:
     """Multiply-accumulates: each element of the output takes its channel's share of the weight."""
-    if not re.search("conv|gemm|matmul|fullyconnected", kernel.kind, re.IGNORECASE) or len(kernel.inputs) < 2:
+    if not ARITHMETIC.search(kernel.kind) or len(kernel.inputs) < 2:
         return 0
     output, weight = kernel.outputs[0].shape, kernel.inputs[1].shape
     channels = output[1] if len(output) > 2 else output[-1]

@@ -1,4 +1,4 @@
-"""Kernels of a runtime: which layers they are, what they compute and move, and what the machine could do at best."""
+"""Kernels of a runtime: which layers they are, what they compute and move, and when they are timed."""
 
 import pytest
 import torch
@@ -7,9 +7,12 @@ from torch import nn
 from benchmarks.roofline import by_layer
 from common.compress import factorize
 from common.configuration import Configuration
-from common.cost import count_flops
+from common.cost import count_flops, measure_latency
 from common.deploy import deploy
-from common.deploy.profile import PROFILED, Kernel, Roofline, profile, roofline
+from common.deploy import profile as profiling
+from common.deploy.onnx_export import onnx_bytes
+from common.deploy.openvino_run import openvino_model, openvino_session
+from common.deploy.profile import PROFILED, SETTLING_BATCHES, SETTLING_SECONDS, _mean_since, _run_for, profile
 from common.ranks import uniform
 
 pytestmark = pytest.mark.apart
@@ -41,6 +44,57 @@ def test_kernels_do_the_networks_arithmetic_layer_by_layer(runtime):
     assert sum(kernel.bytes for kernel in kernels if kernel.layer == "0") >= least
 
 
+def test_a_network_settles_before_its_kernels_are_timed(monkeypatch):
+    """The first batches after a start take several times as long as all that follow."""
+    clock = [0.0]
+    monkeypatch.setattr("common.deploy.profile.time.perf_counter", lambda: clock[0])
+
+    def batches_of(seconds, rounds):
+        return _run_for(lambda: clock.__setitem__(0, clock[0] + seconds), rounds)
+
+    assert batches_of(SETTLING_SECONDS / 4, rounds=1) == 4
+    assert batches_of(SETTLING_SECONDS / 4, rounds=20) == 20
+    assert batches_of(2 * SETTLING_SECONDS, rounds=2) == 2
+    assert batches_of(0.0, rounds=1) == SETTLING_BATCHES
+
+
+def test_the_first_batches_are_not_in_onnxruntimes_times(monkeypatch):
+    pytest.importorskip("onnxruntime")
+    runs, timed = [], []
+    run_for = profiling._run_for
+
+    def counted(batch, rounds):
+        runs.append(run_for(batch, rounds))
+        return runs[-1]
+
+    monkeypatch.setattr(profiling, "_run_for", counted)
+    monkeypatch.setattr(profiling.statistics, "median", lambda values: timed.append(len(values)) or 1.0)
+    profile(network(), torch.randn(1, 3, 16, 16), runtime="onnxruntime", rounds=3)
+    settling, measured = runs
+    assert settling > 3 < measured
+    assert timed == [measured] * len(timed) != []
+
+
+def test_the_first_batches_are_taken_out_of_openvinos_means():
+    """It tells a kernel's mean since its start."""
+    seconds = [9.0, 5.0, 1.0, 1.0, 2.0, 2.0]  # two slow ones, then four whose mean is 1.5
+    first, every = sum(seconds[:2]) / 2, sum(seconds) / 6
+    assert _mean_since((2, first), (4, every)) == pytest.approx(1.5)
+    assert _mean_since((300, 0.0), (300, 0.0)) > 0  # less than a microsecond is told as none
+    assert _mean_since((300, 2e-6), (300, 1e-6)) > 0  # means are cut to whole ones
+
+
+def test_openvinos_kernels_take_together_what_a_batch_takes():
+    pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Conv2d(32, 32, 3, padding=1) for _ in range(8))).eval()
+    images = torch.randn(8, 32, 16, 16)
+    inside = sum(kernel.seconds for kernel in profile(model, images, runtime="openvino", threads=1, rounds=3))
+    run = openvino_session(openvino_model(onnx_bytes(model, images)), 1)
+    whole = measure_latency({"whole": run}, images, rounds=20, threads=1)["whole"]
+    assert 0.5 * whole < inside < 1.5 * whole
+
+
 def test_in_int8_kernels_do_the_same_arithmetic_and_move_a_quarter_of_the_bytes():
     pytest.importorskip("openvino")
     pytest.importorskip("nncf")
@@ -61,8 +115,6 @@ def test_in_int8_kernels_do_the_same_arithmetic_and_move_a_quarter_of_the_bytes(
 def test_in_int8_a_runtime_that_hides_its_weights_is_named():
     with pytest.raises(ValueError, match="runtime='openvino'"):
         profile(network(), torch.randn(1, 3, 16, 16), runtime="onnxruntime", int8=torch.randn(1, 3, 16, 16))
-    with pytest.raises(ValueError, match="runtime='openvino'"):
-        roofline("onnxruntime", int8=True)
 
 
 def test_a_compressed_networks_stages_are_counted_with_their_layer():
@@ -78,26 +130,6 @@ def test_a_compressed_networks_stages_are_counted_with_their_layer():
     assert {"0", "2"} <= set(layers) <= {"0", "2", "6"} | {name for name in layers if name.endswith("layout")}
 
 
-def test_the_limit_is_the_slower_of_arithmetic_and_traffic():
-    machine = Roofline(1e9, ((1000, 4e9), (100_000, 1e9)))
-    assert machine.seconds(Kernel("a", "", "Conv", 1.0, 10**9, 1000)) == 1.0
-    assert machine.seconds(Kernel("a", "", "Conv", 1.0, 1, 100_000)) == 1e-4
-    assert machine.bytes_per_second(10) == 4e9
-    assert machine.bytes_per_second(10**9) == 1e9
-    assert machine.bytes_per_second(10_000) == pytest.approx(2.5e9)
-
-
-@pytest.mark.parametrize(("runtime", "int8"), [("onnxruntime", False), ("openvino", True)])
-def test_a_machines_limits_are_measured(runtime, int8):
-    if int8:
-        pytest.importorskip("nncf")
-    found = roofline(runtime, 1, rounds=1, int8=int8)
-    assert 1e8 < found.flops_per_second < 1e13
-    assert all(1e8 < speed < 1e13 for _, speed in found.copies)
-
-
 def test_a_runtime_that_says_nothing_is_named():
     with pytest.raises(ValueError, match="onnxruntime, openvino"):
         profile(network(), torch.randn(1, 3, 16, 16), runtime="torch")
-    with pytest.raises(ValueError, match="onnxruntime, openvino"):
-        roofline("torch")
