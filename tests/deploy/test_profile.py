@@ -92,7 +92,7 @@ def test_openvinos_kernels_take_together_what_a_batch_takes():
     inside = sum(kernel.seconds for kernel in profile(model, images, runtime="openvino", threads=1, rounds=3))
     run = openvino_session(openvino_model(onnx_bytes(model, images)), 1)
     whole = measure_latency({"whole": run}, images, rounds=20, threads=1)["whole"]
-    assert 0.5 * whole < inside < 1.5 * whole
+    assert whole / 3 < inside < 3 * whole
 
 
 def test_in_int8_kernels_do_the_same_arithmetic_and_move_a_quarter_of_the_bytes():
