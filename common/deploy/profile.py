@@ -79,14 +79,14 @@ class _Moved:
 
 @dataclass(frozen=True)
 class _Observed:
-    """What a runtime says of a kernel; `others`: names of what it stands for as well."""
+    """What a runtime says of a kernel; `others`: names of what it stands for as well; `seconds`: as in `Kernel`."""
 
     name: str
     others: Sequence[str]
     kind: str
     inputs: Sequence[_Moved]
     outputs: Sequence[_Moved]
-    seconds: Sequence[float]
+    seconds: float
 
 
 def profile(
@@ -124,7 +124,7 @@ def profile(
             one.name,
             next((layers[name] for name in _names(one) if name in layers), ""),
             one.kind,
-            statistics.median(one.seconds),
+            one.seconds,
             _flops(one),
             sum(moved.bytes for moved in (*one.inputs, *one.outputs)),
         )
@@ -179,7 +179,7 @@ def _onnxruntime(graph: bytes, example: Inputs, threads: int | None, rounds: int
             fact["op_name"],
             moved(fact["input_type_shape"]),
             moved(fact["output_type_shape"]),
-            times[name][settling:],
+            statistics.median(times[name][settling:]),
         )
         for name, fact in facts.items()
     ]
@@ -213,7 +213,7 @@ def _openvino(model: Any, example: Inputs, threads: int | None, rounds: int) -> 
             for ports in (node.inputs(), node.outputs())
         )
         others = str(facts["originalLayersNames"].astype(str)).split(",")
-        found.append(_Observed(node.friendly_name, others, kind, inputs, outputs, [_mean_since(*times)]))
+        found.append(_Observed(node.friendly_name, others, kind, inputs, outputs, _mean_since(*times)))
     return found
 
 

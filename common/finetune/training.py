@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..data import Batch, Dataset, Split
 from ..modules import evaluating
+from ..progress import progress_bar
 from .evaluation import check_head, evaluate
 from .features import FeatureMaps
 from .precision import autocast
@@ -99,7 +100,8 @@ def train(
     state = TrainState(model, optimizer, fingerprint(settings, dataset, taught))
     targets = _Teacher(teacher, teacher_logits, settings, maps)
     records = [EpochRecord(**record) for record in state.load(checkpoint)] if checkpoint else []
-    bar = tqdm(total=steps * settings.epochs, initial=steps * len(records), unit="batch", disable=not progress)
+    done = steps * len(records)
+    bar = progress_bar(total=steps * settings.epochs, initial=done, unit="batch", shown=progress)
     stopped, next_save = False, 0.0
     with bar, _reproducible(dataset.device), maps.watched(model, teacher):
         for epoch in range(len(records), settings.epochs):
@@ -163,7 +165,7 @@ def _train_epoch(
         bar.update()
         if (step + 1) % LOSS_CHECK_INTERVAL == 0 or step + 1 == steps:
             _check_losses(losses, epoch)
-            bar.set_postfix(loss=f"{float(losses[-1]):.4f}")
+            bar.set_postfix(loss=f"{float(losses[-1]):.4f}", refresh=False)
     return float(torch.stack(losses).double().mean())
 
 

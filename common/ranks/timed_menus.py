@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from tqdm import tqdm
 
 from ..compress import Factors, ModelFactors
 from ..configuration import Configuration
@@ -27,6 +26,7 @@ from ..deploy.profile import PROFILED, Kernel, profile
 from ..files import read_json, write_text
 from ..inputs import Inputs
 from ..modules import laid_out
+from ..progress import progress_bar
 from .menus import CostMeasure, MenuEntry, Menus, cheaper_front
 
 
@@ -99,7 +99,7 @@ def _in_networks(
     by which a layer cannot be told."""
     found: dict[str, list[list[float]]] = {name: [[] for _ in menu] for name, menu in menus.items()}
     most = max(map(len, menus.values()))
-    for step in tqdm(range(most), desc="timing menus", unit="network", disable=not progress):
+    for step in progress_bar(range(most), desc="timing menus", unit="network", shown=progress):
         # Shorter menus are walked along evenly: each of their entries is met at least once.
         chosen = {name: step * (len(menu) - 1) // max(most - 1, 1) for name, menu in menus.items()}
         ranks = {name: menus[name][place].ranks for name, place in chosen.items()}
@@ -131,7 +131,7 @@ def _alone(
     """Layer -> seconds of its entries, on noise; layers of one shape are timed once."""
     known: dict[tuple, list[float]] = {}
     entries = {}
-    for name, menu in tqdm(menus.items(), desc="timing menus", unit="layer", disable=not progress):
+    for name, menu in progress_bar(menus.items(), desc="timing menus", unit="layer", shown=progress):
         layer = factors.layers[name]
         key = (layer.shape, layer.geometry, layer.bias is None, layer.trace, tuple(entry.ranks for entry in menu))
         if key not in known:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..configuration import Configuration
 from ..data import Dataset
 from ..files import read_json
 from ..finetune import EpochRecord, TrainSettings, evaluate, teacher_logits, train
 from ..models import load_compressed, save_compressed
+from ..progress import progress_bar
 from ..reports import RunLog
 from .executor import Executor, LocalExecutor
 from .finetuning import CONTROL, EPOCHS_SUFFIX, AcceptanceRule, Finalist, Finetuning
@@ -102,7 +102,7 @@ def finetune_with(
     common, executor = Finetuning(screener, trainer, standard, folder), executor or LocalExecutor(screener)
     running = {record["trial"]: record for record in promoted}
     results: dict[str, Finalist] = {}
-    bar = tqdm(total=len(promoted) * trainer.epochs, desc="fine-tuning", unit="epoch", disable=not progress)
+    bar = progress_bar(total=len(promoted) * trainer.epochs, desc="fine-tuning", unit="epoch", shown=progress)
     with bar:
         for epoch in range(1, trainer.epochs + 1):
             scores = {}

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from tqdm import tqdm
 
 from ..compress import ModelFactors, Targets, reconstructed_outputs
 from ..files import write_text
 from ..inputs import Inputs, channels_last, first, length, run
 from ..modules import copy_with, hooked, laid_out
+from ..progress import progress_bar
 from ..ranks import MenuEntry, Menus
 from .divergence import Reference
 from .prefix import Prefix, Unrepeatable
@@ -162,7 +162,7 @@ class _Measured:
         return found
 
     def _bar(self, names: Iterable[str]) -> Iterable[str]:
-        return tqdm(names, desc="sensitivity", unit="layer", disable=not self._progress)
+        return progress_bar(names, desc="sensitivity", unit="layer", shown=self._progress)
 
     def _layer(
         self, name: str, targets: Targets, dense: Reference, around: Callable[[], AbstractContextManager]

@@ -24,6 +24,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from ..checked import check_fields
+from ..progress import progress_bar
 from ..ranks import CostMeasure, Menus
 from ..reports import RunLog, read_log
 from .executor import Executor, LocalExecutor
@@ -139,7 +140,7 @@ class Search:
         """Screen what is left to screen; every candidate's record, of this and of earlier runs, in order."""
         total = self.settings.candidates * len(self.policies)
         studies = {budget: self._trials(budget) for budget in self.policies}
-        bar = tqdm(total=total, desc="screening", unit="candidate", disable=not progress)
+        bar = progress_bar(total=total, desc="screening", unit="candidate", shown=progress)
         with bar:
             for budget, trials in studies.items():
                 for record in trials.records:

@@ -1,5 +1,6 @@
 """Training: the same run bit for bit, interrupted or not; what cannot be trained is refused or recorded."""
 
+import io
 import itertools
 import json
 import os
@@ -150,6 +151,16 @@ def test_damaged_checkpoint_is_refused(digits, tmp_path, content):
     path.write_bytes(path.read_bytes()[:3000] if content is None else content)
     with pytest.raises(StateMismatch, match=r"run\.pt is damaged"):
         trained(digits, replace(SETTINGS, epochs=1), checkpoint=path)
+
+
+def test_progress_into_a_file_is_a_few_states_an_epoch(digits, monkeypatch):
+    """A run in the background, for hours: a state every batch would fill its log."""
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    history = train(small_network(), digits, replace(SETTINGS, epochs=2, batch_size=4))
+    text = sys.stderr.getvalue()
+    assert text.count("\r") < 20 < 100 < len(digits.train) // 4 * 2
+    assert f"{history.epochs[-1].val_accuracy:.4f}" in text
 
 
 def test_on_epoch_can_stop(digits):
