@@ -15,7 +15,7 @@ from .decompose import BASES, factorize_layer
 from .geometry import CONVOLUTIONS
 from .model_factors import ModelFactors
 from .moments import gather_moments
-from .proof import without_broken
+from .proof import check_repeatable, without_broken
 from .selection import choose_layers
 from .trace import trace_layers
 
@@ -51,8 +51,9 @@ def factorize(
         input_shape: (C, H, W) when there are no images; by default what NOISE_SIZES has.
 
     Raises:
-        ValueError: a scripted network; an unknown layer, layer set or basis; no images; images that make an activation
-            NaN or infinite; or no layer that can be factorised, with the reasons.
+        ValueError: a scripted network, one without weights, or one that changes its input in place; an unknown layer,
+            layer set or basis; no images; images that make an activation NaN or infinite; or no layer that can be
+            factorised, with the reasons.
     """
     model = unwrapped(model)
     if bases not in BASES:
@@ -61,6 +62,7 @@ def factorize(
         # Read twice: for the shapes and for the moments. As pairs, since a tuple alone may be several inputs or one.
         images = [(one, None) for one in batches_of(images)]
     example = _example(model, images, input_shape)
+    check_repeatable(model, first(example, 1))
     traces = trace_layers(model, first(example, 1))
     chosen, skipped = choose_layers(model, traces, layers)
     kernels = [name for name, is_kernel in chosen.items() if is_kernel]

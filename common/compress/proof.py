@@ -1,4 +1,5 @@
-"""The proof of a factorisation: at full ranks the network computes what it did, and a layer that does not stays dense.
+"""The proof of a factorisation: the network computes the same twice, at full ranks it computes what it did, and a layer
+that does not stays dense.
 
 It finds what cannot be seen on a layer: a network that picks its layers by their class, hands their weights to
 something else, or changes them on the way.
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..inputs import Inputs, run
 from ..modules import evaluating, first_line
@@ -19,6 +20,30 @@ from .model_factors import ModelFactors
 
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 """Largest difference between the outputs at full ranks and the dense ones, relative to the largest, by type."""
+
+
+def check_repeatable(model: nn.Module, example: Inputs) -> None:
+    """Refuse a network without weights, and one that changes its input so that a second pass gives something else.
+
+    Every pass over images that are kept would then begin with what the pass before has left of them.
+
+    Raises:
+        ValueError: it is such a network.
+    """
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError(
+            "the network is on torch's meta device, where parameters have no values: load its weights first"
+        )
+    given = tree_map(torch.clone, example)
+    expected = _outputs(model, given)
+    pairs = zip(tree_leaves(given), tree_leaves(example), strict=True)
+    if all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs):
+        return
+    if difference := outputs_differ(expected, _outputs(model, given)):
+        raise ValueError(
+            f"the network changes its input in place, and computes something else ({difference}) from the same images "
+            "the next time: begin its forward with a copy, x = x.clone()"
+        )
 
 
 def without_broken(factors: ModelFactors, example: Inputs) -> ModelFactors:

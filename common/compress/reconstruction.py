@@ -14,27 +14,31 @@ takes upon itself what the other branch has lost (He et al. 2017, arXiv:1707.061
 Batch norms keep the dense network's statistics, moved by what those of their input have moved: the mean whole, since
 nothing else gives it back, the variance by half (in the logarithm), since the fit has brought back part of what it is.
 So at full ranks nothing changes: y is A_0 z + b already. No gradients, and one pass: a layer is fitted just before its
-last stage runs.
+last stage runs. A layer that runs more than once is fitted on the rows of all its calls, which take a pass of their own
+up to the last of them; so does a norm's change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..inputs import run
-from ..modules import hooked
+from ..modules import Reached, hooked
 from .flow import Flow
 from .geometry import TRANSPOSED
 from .layers import HTLayer
 from .moments import wide
 from .ridge import correction, design_rows
-from .targets import NormInput, Sums, Targets, rows_at, statistics
+from .targets import NormInput, Sums, Targets, pooled, rows_at, statistics
+
+_T = TypeVar("_T")
 
 VARIANCE_EXPONENT = 0.5
 """How much of a change of a norm's input variance its running variance follows: 0 none, 1 all of it."""
@@ -70,10 +74,11 @@ class _Fitted:
 
 
 class _Fits:
-    """The hooks of one pass; of a layer or norm that runs more than once, the first call is fitted."""
+    """The hooks of one pass; all is fitted at a layer's or norm's first call."""
 
     def __init__(self, model: nn.Module, targets: Targets) -> None:
-        self._targets, self._flow = targets, Flow()
+        self._model, self._targets, self._flow = model, targets, Flow()
+        self._looking_ahead = False
         self._waiting: dict[str, _Fitted] = {}  # layers whose sum is still to come
         self.before: dict[str, Callable] = {}
         self.after: dict[str, Callable] = {}
@@ -82,23 +87,60 @@ class _Fits:
         for name, layer in modules.items():
             if isinstance(layer, HTLayer) and name in targets.outputs:
                 self._axes[name] = -1 if layer.geometry.linear else 1
-                self.before[f"{name}.stages.{len(layer.stages) - 1}"] = self._fit(name)
+                stage = f"{name}.stages.{len(layer.stages) - 1}"
+                self.before[stage] = self._at_first(self._fit(name, stage))
                 self.after[name] = self._ran(name)
         norms = [name for name in targets.norms if name in modules]
-        self.before |= {name: _once(self._follow(targets.norms[name])) for name in norms}
+        self.before |= {name: self._at_first(self._follow(name, targets.norms[name])) for name in norms}
         self.after |= dict.fromkeys(norms, self._normalised)
         # Of a sum's two operands the dense pass has chosen the one to fit: no other counts here.
         self.watch = Sums(self._flow, dict.fromkeys(targets.sums, 1), before=self._sum)
 
-    def _fit(self, name: str) -> Callable:
+    def _at_first(self, hook: Callable) -> Callable:
+        """A hook that acts at the first call of its module only, and not while looking ahead."""
+        ran: list[bool] = []
+
+        def at_first(module: nn.Module, inputs: tuple) -> None:
+            if not (ran or self._looking_ahead):
+                ran.append(True)
+                hook(module, inputs[0])
+
+        return at_first
+
+    def _all_calls(self, name: str, calls: int, features: Tensor, look: Callable[[Tensor, int], _T]) -> list[_T]:
+        """What `look` sees in the features that a module reads, call by call, in the network as fitted so far.
+
+        features: of the first call, which is at hand. For the others the network runs up to them.
+        """
+        if calls == 1:
+            return [look(features, 0)]
+        found: list[_T] = []
+
+        def ahead(_module: nn.Module, inputs: tuple) -> None:
+            found.append(look(inputs[0], len(found)))
+            if len(found) == calls:
+                raise Reached
+
+        self._looking_ahead = True
+        try:
+            with hooked(self._model, {}, before={name: ahead}), suppress(Reached):
+                run(self._model, self._targets.images)
+        finally:
+            self._looking_ahead = False
+        return found
+
+    def _fit(self, name: str, stage_name: str) -> Callable:
         outputs, positions = self._targets.outputs[name], self._targets.positions[name]
 
         def fit(stage: nn.Module, features: Tensor) -> None:
             if isinstance(stage, TRANSPOSED):
                 return  # a window that spreads out meets other inputs at every place: left as truncated
-            design = design_rows(stage, features, positions)
-            if not _finite(design):
-                return  # whoever evaluates the network will see it
+            calls = self._all_calls(
+                stage_name, len(positions), features, lambda read, call: design_rows(stage, read, positions[call])
+            )
+            design = calls[0] if len(calls) == 1 else torch.cat(calls)
+            if not _finite(design) or len(design) != len(outputs):
+                return  # whoever evaluates the network will see it; or it runs the layer less often than it did
             residual = outputs - _applied(stage, design)
             shift = _refit(stage, design, residual, centre=stage.bias is not None or name in self._targets.normed)
             if stage.bias is not None:
@@ -106,7 +148,7 @@ class _Fits:
             if name in self._targets.sums:
                 self._waiting[name] = _Fitted(stage, features, design)
 
-        return _once(fit)
+        return fit
 
     def _ran(self, name: str) -> Callable:
         def hook(_layer: HTLayer, _inputs: tuple, output: Tensor) -> None:
@@ -114,11 +156,12 @@ class _Fits:
 
         return hook
 
-    def _follow(self, dense: NormInput) -> Callable:
+    def _follow(self, name: str, dense: NormInput) -> Callable:
         """A hook that lets a batch norm's running statistics follow those of its input."""
 
         def follow(norm: _BatchNorm, features: Tensor) -> None:
-            mean, variance = statistics(features)
+            calls = self._all_calls(name, dense.calls, features, lambda read, _call: statistics(read))
+            mean, variance = pooled(calls)
             change = ((variance + norm.eps) / (dense.variance + norm.eps)).clamp_(1 / LARGEST_CHANGE, LARGEST_CHANGE)
             running = dense.running_variance * change.pow_(VARIANCE_EXPONENT)
             norm.running_var.copy_(running)
@@ -137,10 +180,10 @@ class _Fits:
 
     def _sum(self, name: str, own: Tensor, other: Tensor) -> None:
         """Fit a layer to what the sum should be, and let its output be what it is then."""
-        fitted = self._waiting.pop(name, None)
+        fitted = None if self._looking_ahead else self._waiting.pop(name, None)
         if fitted is None:
             return
-        axis, positions = self._axes[name], self._targets.positions[name]
+        axis, [positions] = self._axes[name], self._targets.positions[name]
         residual = self._targets.sums[name] - rows_at(other, axis, positions) - rows_at(own, axis, positions)
         if not _finite(residual):
             return
@@ -155,18 +198,6 @@ class _Fits:
             norm.running_mean -= shift.to(norm.running_mean)
         again = stage(fitted.features)
         own.copy_(again if norm is None else norm(again))
-
-
-def _once(hook: Callable) -> Callable:
-    """A hook that acts at the first call of its module only."""
-    ran: list[bool] = []
-
-    def at_first(module: nn.Module, inputs: tuple) -> None:
-        if not ran:
-            ran.append(True)
-            hook(module, inputs[0])
-
-    return at_first
 
 
 def _finite(rows: Tensor) -> bool:

@@ -74,7 +74,8 @@ def _reason_to_skip(
     if "weight" not in module._parameters:
         return "its weight is computed from other parameters (weight norm, pruning or the like)"
     if type(module) not in DECOMPOSABLE:
-        return f"a {type(module).__name__}, which is none of torch's own convolutions and linear layers"
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        return f"a {kind}, which is none of torch's own convolutions and linear layers"
     if module._forward_hooks or module._forward_pre_hooks:
         return "a forward hook on it may change what it computes: remove the hook, or fold it into the network"
     if "forward" in vars(module):
@@ -83,6 +84,8 @@ def _reason_to_skip(
         return "a depthwise convolution"
     if name not in traces:
         return "it does not run in eval mode"
+    if not traces[name].batched:
+        return "its input has no batch axis: give it one image as a batch of one"
     if isinstance(layers, str):
         least = min(_channels(module))
         if _groups(module) > 1 and least < SMALLEST_GROUP:

@@ -39,7 +39,8 @@ class LayerTrace:
     ``rows`` says how many such maps, or vectors, one image comes to: more than one where patches are folded into the
     batch, or where a linear layer sees tokens or time steps.
     ``unflatten`` is the (C, H, W) that a flatten right before a linear layer took apart, if the map is not 1 x 1.
-    ``later_calls`` holds a shared layer's calls after the first. ``normed`` tells that a batch norm reads the output.
+    ``later_calls`` holds a shared layer's calls after the first. ``normed`` tells that a batch norm reads the output,
+    ``batched`` that every input has a batch axis, without which torch's layers run too.
     """
 
     input_shape: tuple[int, ...]
@@ -48,6 +49,7 @@ class LayerTrace:
     rows: int = 1
     later_calls: tuple[LayerCall, ...] = ()
     normed: bool = False
+    batched: bool = True
 
     @property
     def calls(self) -> tuple[LayerCall, ...]:
@@ -93,11 +95,14 @@ def trace_layers(model: nn.Module, example: Inputs) -> dict[str, LayerTrace]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             call = _call(module, inputs[0], output, images)
             flow.put(output, name)
+            batched = inputs[0].ndim > len(call.input_shape)
             if name in traces:
-                traces[name] = replace(traces[name], later_calls=(*traces[name].later_calls, call))
+                known = traces[name]
+                calls = (*known.later_calls, call)
+                traces[name] = replace(known, later_calls=calls, batched=known.batched and batched)
             else:
                 shapes = call.input_shape, call.output_shape
-                traces[name] = LayerTrace(*shapes, tracker.map_shape(inputs[0]), call.rows)
+                traces[name] = LayerTrace(*shapes, tracker.map_shape(inputs[0]), call.rows, batched=batched)
 
         return hook
 

@@ -278,6 +278,53 @@ def test_layers_that_stay_dense_are_listed_with_the_reason():
         assert word in factors.skipped[name]
 
 
+class InPlace(nn.Module):
+    """It changes the caller's images before its first layer."""
+
+    def __init__(self, change) -> None:
+        super().__init__()
+        self.change, self.layer = change, nn.Conv2d(3, 32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.change(x)
+        return self.layer(x).mean((2, 3))
+
+
+def test_a_network_that_changes_its_images_from_pass_to_pass_is_refused():
+    with pytest.raises(ValueError, match=r"changes its input in place.*x\.clone\(\)"):
+        factorize(InPlace(lambda x: x.sub_(0.5).div_(0.3)).eval(), images())
+
+
+def test_a_rectifier_in_place_changes_nothing_the_next_time():
+    assert list(factorize(InPlace(Tensor.relu_).eval(), images()).layers) == ["layer"]
+
+
+def test_a_network_without_weights_is_named():
+    with pytest.raises(ValueError, match=r"meta device.*load its weights"):
+        factorize(nn.Sequential(nn.Conv2d(3, 32, 3)).to("meta"), images())
+
+
+class OneByOne(nn.Module):
+    """A loop over images that are given to the layers without a batch axis, as torch's own layers take them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3)
+        self.vector, self.head = nn.Linear(32, 64), nn.Linear(64, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.head(self.vector(self.conv(one).mean((1, 2))).relu()) for one in self.stem(x)])
+
+
+def test_layers_without_a_batch_axis_stay_dense():
+    model, x = OneByOne().eval(), images()
+    factors = factorize(model, x)
+    assert list(factors.layers) == ["stem"]
+    assert all("no batch axis" in factors.skipped[name] for name in ("conv", "vector"))
+    with torch.no_grad():
+        assert relative_error(factors.compress(factors.full_ranks())(x), model(x)) < 1e-4
+
+
 def test_a_network_with_layers_that_stay_dense_is_reproduced():
     model, x = Mixture().eval(), images()
     factors = factorize(model, x)

@@ -323,7 +323,7 @@ def test_every_image_is_looked_at_in_places_of_its_own(monkeypatch):
     factors = factorize(model, inputs)
     monkeypatch.setattr("common.compress.targets.ROWS", 200)
     found = Targets.of(factors, inputs)
-    for name, positions in found.positions.items():
+    for name, [positions] in found.positions.items():
         assert positions.shape == (40, 5)
         assert all(len(set(row.tolist())) == 5 for row in positions)
         assert len({tuple(row.tolist()) for row in positions}) > 30
@@ -338,10 +338,55 @@ def test_a_norms_statistics_are_those_of_all_rows_or_near_them_at_a_fraction(sha
     levels = torch.arange(4.0).reshape(1, 4, *[1] * (len(shape) - 2))
     smooth = torch.randn(shape, generator=generator).cumsum(-1) / shape[-1] ** 0.5 + levels
     rows = smooth.movedim(1, -1).flatten(0, -2)
-    mean, variance = statistics(smooth)
+    _, mean, variance = statistics(smooth)
     few = len(rows) <= STATISTICS_ROWS
     assert torch.allclose(mean, rows.mean(0), atol=1e-5 if few else 0.05)
     assert torch.allclose(variance, rows.var(0, correction=0), rtol=1e-4 if few else 0.1)
+
+
+class Called(nn.Module):
+    """Layers and a norm that see two halves of the inputs at once, one after the other, or image by image."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.first, self.norm = nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32)
+        self.map, self.hidden, self.head = nn.Conv2d(32, 48, 5), nn.Linear(48, 40), nn.Linear(40, 4)
+
+    def part(self, x: Tensor) -> Tensor:
+        x = self.norm(self.first(x)).relu()
+        return self.head(self.hidden(self.map(x).flatten(1).relu()).relu())
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = x[:, :3], x[:, 3:]
+        if self.way == "by halves":
+            return torch.cat([self.part(left), self.part(right)])
+        both = torch.cat([left, right])
+        return self.part(both) if self.way == "at once" else torch.cat([self.part(one) for one in both.split(1)])
+
+
+@pytest.mark.parametrize("way", ["by halves", "image by image"])
+def test_a_layer_that_runs_more_than_once_is_fitted_to_all_its_calls(way):
+    torch.manual_seed(0)
+    inputs = torch.randn(60, 6, 5, 5)
+    inputs[:, 3:] = 3 * inputs[:, 3:] + 2  # what a call reads is no sample of what the others read
+    once, several = Called("at once").eval(), Called(way).eval()
+    several.load_state_dict(once.state_dict())
+    fitted = []
+    for model in (once, several):
+        factors = factorize(model, inputs)
+        small = reconstruct(factors.compress(halved(factors)), Targets.of(factors, inputs))
+        fitted.append(small.state_dict())
+    for name, expected in fitted[0].items():
+        assert torch.allclose(fitted[1][name], expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())), name
+
+
+def test_at_full_ranks_layers_that_run_more_than_once_stay_what_they_are():
+    torch.manual_seed(0)
+    model, inputs = Called("by halves").eval(), torch.randn(40, 6, 5, 5)
+    factors = factorize(model, inputs)
+    whole = reconstruct(factors.compress(factors.full_ranks()), Targets.of(factors, inputs))
+    assert difference(whole, model, inputs) < 1e-4
 
 
 class Named(nn.Module):
