@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 from .cost import measure_latency
 from .deploy import Deployed, deploy
 from .inputs import Inputs, first, length
+from .progress import progress_bar
 
 INT8_IMAGES = 256
 """Calibration images that the ranges of feature maps are taken from, at most."""
@@ -49,6 +50,7 @@ def deploy_all(
     *,
     int8: Inputs | None = None,
     score: Callable[[nn.Module], float | None] | None = None,
+    progress: bool = False,
 ) -> DeployedSet:
     """Deploy networks by name, and time them in turns; with `int8` (calibration images) each in int8 as well.
 
@@ -56,11 +58,11 @@ def deploy_all(
     """
     models = {
         name: network if isinstance(network, Deployed) else deploy(network, example, runtime=runtime)
-        for name, network in networks.items()
+        for name, network in progress_bar(networks.items(), desc="deploying", unit="network", shown=progress)
     }
     scores: dict[str, float | None] = {}
     if int8 is not None:
-        for name in networks:
+        for name in progress_bar(networks, desc="deploying in int8", unit="network", shown=progress):
             # Where the ranks are still at hand, plans are chosen anew: int8 has other favourites.
             given = networks[name]
             given = given.model if isinstance(given, Deployed) else given

@@ -94,9 +94,8 @@ class Experiment(Run):
     def make_trainer(self) -> Trainer:
         """Trains by the model's recipe, distilling from the dense network; tests once, on test."""
         s, dataset = self.settings, self.load_data()
-        return split_trainer(
-            self.dense_model(), dataset, s.finetune_recipe(len(dataset.train)), s.model, s.state_folder
-        )
+        recipe = s.finetune_recipe(len(dataset.train))
+        return split_trainer(self.dense_model(), dataset, recipe, s.model, s.state_folder, progress=self.progress)
 
     def header(self) -> dict[str, Any]:
         s = self.settings

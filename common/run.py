@@ -276,7 +276,7 @@ class Run(ABC):
         rule = AcceptanceRule(self.validate_dense(), self.settings.tolerance)
         common = Finetuning(self.make_screener(), trainer, rule, self.settings.state_folder)
         with self._workers() as workers:
-            control = train_control(common, workers, self.open_log())
+            control = train_control(common, workers, self.open_log(), progress=self.progress)
         if control is not None:
             kept = ("accuracy", "val_accuracy", "epochs", "finetune_seconds")
             self.open_log().header({"dense_control": {key: control[key] for key in kept}})
@@ -321,7 +321,9 @@ class Run(ABC):
         trained = {one.record["trial"]: one.load(device) for one in finalists if one.path is not None}
         int8 = self.draw_calibration() if self.settings.int8 else None
         networks = {"dense": self._deployed_dense(), **trained}
-        found = deploy_all(networks, self._example, self._runtime, int8=int8, score=self.final_score)
+        found = deploy_all(
+            networks, self._example, self._runtime, int8=int8, score=self.final_score, progress=self.progress
+        )
         for finalist in finalists:
             self.solve_policies().log_once(self._timed(finalist, found.seconds))
         for name, score in found.scores.items():

@@ -301,6 +301,9 @@ def test_wrong_knobs_are_refused_before_anything_is_done(trained, tmp_path, knob
 def test_data_that_cannot_be_used_is_named(trained, loaders, tmp_path):
     with pytest.raises(ValueError, match="must yield pairs"):
         compress_network(trained, loaders[0], [torch.zeros(4, 3, 16, 16)], folder=tmp_path, **QUICK)
+    counted_from_one = [(torch.zeros(4, 3, 16, 16), torch.tensor([1, 10, 3, 10]))]
+    with pytest.raises(ValueError, match="a target is class 10, but the network's 10 outputs count from 0"):
+        compress_network(trained, loaders[0], counted_from_one, folder=tmp_path, **QUICK)
 
 
 def test_a_speedup_is_a_target(trained, loaders, tmp_path, monkeypatch):
@@ -374,7 +377,9 @@ def test_our_own_splits_are_shuffled_batched_and_augmented(trained, tmp_path, au
     model.register_forward_pre_hook(lambda module, given: seen.append(given[0].clone()) if module.training else None)
     settings = TrainSettings(epochs=1, batch_size=32, learning_rate=1e-4, distill_weight=0.5, augment=augment)
     trainer = BatchTrainer(trained, split, settings, "kl", validate=lambda _: 0.0)
-    trainer.train(model, tmp_path / "unfinished.pt", lambda _: True)
+    shares = []
+    trainer.train(model, tmp_path / "unfinished.pt", lambda _: True, shares.append)
+    assert shares == [1 / 3] * 3
     assert [len(images) for images in seen] == [32, 32, 32]
     known = torch.cat([batch.images for batch in split.batches(100)]).flatten(1)
     distances = torch.cdist(torch.cat(seen).flatten(1), known)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..data import Dataset, Split
 from ..files import atomic_path
 from ..modules import evaluating, evaluation_batch
+from ..progress import progress_bar
 from .precision import autocast
 
 
@@ -55,13 +56,17 @@ def evaluate(
     return Evaluation(accuracy=int(correct) / count, loss=float(loss) / count, count=count)
 
 
-def predict_logits(model: nn.Module, split: Split, *, amp: bool | None = None) -> Tensor:
+def predict_logits(model: nn.Module, split: Split, *, amp: bool | None = None, progress: bool = False) -> Tensor:
     """Outputs for every image, unaugmented and in split order: (N, classes) float32 on the split's device.
 
     amp: see `evaluate`.
     """
+    size = _batch(split)
+    batches = progress_bar(
+        split.batches(size), total=split.num_batches(size), desc="dense outputs", unit="batch", shown=progress
+    )
     with evaluating(model), torch.no_grad(), autocast(split.device, amp):
-        return torch.cat([model(batch.images).float() for batch in split.batches(_batch(split))])
+        return torch.cat([model(batch.images).float() for batch in batches])
 
 
 def _batch(split: Split) -> int:
@@ -78,7 +83,7 @@ def check_head(logits: Tensor, split: Split) -> None:
         )
 
 
-def teacher_logits(model: nn.Module, dataset: Dataset, folder: Path) -> Tensor:
+def teacher_logits(model: nn.Module, dataset: Dataset, folder: Path, *, progress: bool = False) -> Tensor:
     """The dense network's outputs on the training split ``(N, classes)``, computed once per folder."""
     path = folder / "teacher.safetensors"
     try:
@@ -87,7 +92,7 @@ def teacher_logits(model: nn.Module, dataset: Dataset, folder: Path) -> Tensor:
             return known
     except (FileNotFoundError, SafetensorError, KeyError):
         path.unlink(missing_ok=True)
-    logits = predict_logits(model, dataset.train)
+    logits = predict_logits(model, dataset.train, progress=progress)
     with atomic_path(path) as temporary:
         save_file({"logits": logits.cpu()}, temporary)
     return logits

@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.backends import cudnn
-from tqdm import tqdm
 
 from ..data import Batch, Dataset, Split
 from ..modules import evaluating
-from ..progress import progress_bar
+from ..progress import OnBatch, Watchers, progress_bar
 from .evaluation import check_head, evaluate
 from .features import FeatureMaps
 from .precision import autocast
@@ -67,6 +66,7 @@ def train(
     checkpoint: str | Path | None = None,
     progress: bool = True,
     on_epoch: Callable[[EpochRecord], bool | None] | None = None,
+    on_batch: OnBatch | None = None,
 ) -> TrainHistory:
     """Train `model` in place on the training split, on the data set's device; evaluate on validation only.
 
@@ -84,6 +84,7 @@ def train(
             beside the epochs, some are skipped.
         progress: show a bar.
         on_epoch: called after each epoch; False ends the training.
+        on_batch: called after each batch, with the share of an epoch that it is.
 
     Raises:
         TrainingDiverged: NaN or infinite loss, with epoch and batch; the model is not usable then.
@@ -102,12 +103,12 @@ def train(
     records = [EpochRecord(**record) for record in state.load(checkpoint)] if checkpoint else []
     done = steps * len(records)
     bar = progress_bar(total=steps * settings.epochs, initial=done, unit="batch", shown=progress)
-    stopped, next_save = False, 0.0
+    watchers, stopped, next_save = Watchers(bar, on_batch), False, 0.0
     with bar, _reproducible(dataset.device), maps.watched(model, teacher):
         for epoch in range(len(records), settings.epochs):
             bar.set_description(f"epoch {epoch + 1}/{settings.epochs}")
             started = time.perf_counter()
-            train_loss = _train_epoch(model, optimizer, dataset.train, settings, epoch, targets, bar)
+            train_loss = _train_epoch(model, optimizer, dataset.train, settings, epoch, targets, watchers)
             last = epoch + 1 == settings.epochs  # what is chosen by, and what a loss is counted from: read in full
             found = evaluate(model, dataset.val, limit=None if last else settings.val_images, amp=settings.amp)
             seconds = time.perf_counter() - started
@@ -132,7 +133,7 @@ def _train_epoch(
     settings: TrainSettings,
     epoch: int,
     teacher: _Teacher,
-    bar: tqdm,
+    watchers: Watchers,
 ) -> float:
     """One pass over the training images; returns the mean loss."""
     # All randomness of an epoch follows from (seed, epoch), so a resumed run needs no generator's state.
@@ -162,10 +163,10 @@ def _train_epoch(
             nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
         optimizer.step()
         losses.append(loss.detach())
-        bar.update()
+        watchers.batch(1 / steps)
         if (step + 1) % LOSS_CHECK_INTERVAL == 0 or step + 1 == steps:
             _check_losses(losses, epoch)
-            bar.set_postfix(loss=f"{float(losses[-1]):.4f}", refresh=False)
+            watchers.bar.set_postfix(loss=f"{float(losses[-1]):.4f}", refresh=False)
     return float(torch.stack(losses).double().mean())
 
 

@@ -17,6 +17,9 @@ from ..compress.proof import output_tensors
 
 KINDS = ("kl", "relative")
 
+IGNORED = -100
+"""The target that torch's losses leave out."""
+
 
 def kind_for(output: Any, targets: Any) -> str:
     """`kl` for one tensor of logits (N, C, ...) and targets of class numbers (N, ...), else `relative`."""
@@ -68,8 +71,19 @@ def divergence(dense_log_probabilities: Tensor, logits: Tensor) -> float:
 
 
 def accuracy(logits: Tensor, targets: Tensor) -> tuple[int, int]:
-    """How many of the class numbers ``(N, ...)`` the logits ``(N, C, ...)`` get right, and how many there are."""
-    return int((logits.argmax(1) == targets.to(logits.device)).sum()), targets.numel()
+    """How many of the class numbers ``(N, ...)`` the logits ``(N, C, ...)`` get right, and how many there are.
+
+    Not asked are targets of IGNORED and, of a map's positions, those that belong to no class, as border pixels do.
+
+    Raises:
+        ValueError: a whole sample's class is none that the network knows.
+    """
+    targets = targets.to(logits.device)
+    known = (targets >= 0) & (targets < logits.shape[1])
+    if targets.ndim == 1 and not (known | (targets == IGNORED)).all():
+        strange = int(targets[~known & (targets != IGNORED)][0])
+        raise ValueError(f"a target is class {strange}, but the network's {logits.shape[1]} outputs count from 0")
+    return int(((logits.argmax(1) == targets) & known).sum()), int(known.sum())
 
 
 def is_finite(distance: float) -> bool:

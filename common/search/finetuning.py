@@ -19,6 +19,7 @@ from ..files import read_json, write_text
 from ..finetune import EpochRecord, TrainingDiverged
 from ..models import load_compressed
 from ..modules import out_of_memory
+from ..progress import OnBatch
 from ..reports import is_accepted
 from .records import Record, restored, stored
 from .screening import Screener
@@ -72,12 +73,14 @@ class Finetuning:
         trainer: trains it, tests it, writes it.
         rule: who is accepted.
         folder: where the files are.
+        on_batch: called after every batch that this process trains on; see `common.progress`.
     """
 
     screener: Screener
     trainer: Trainer
     rule: AcceptanceRule
     folder: Path
+    on_batch: OnBatch | None = field(default=None, repr=False, compare=False)
 
     def until(self, record: Record, epoch: int | None) -> dict[str, Any]:
         """Train until `epoch` epochs are done, unless they are; None: finish, with the final score.
@@ -158,7 +161,7 @@ class _CandidateRun:
         model, trainer = self.common.screener.build(self.record["config"]), self.common.trainer
         if not trainer.epochs:
             return model
-        history = trainer.train(model, self.checkpoint, on_epoch)
+        history = trainer.train(model, self.checkpoint, on_epoch, self.common.on_batch)
         # A kill between the checkpoint and the note of its epoch leaves the note behind; the history has both.
         write_text(self.progress, json.dumps([asdict(one) for one in history]))
         return model

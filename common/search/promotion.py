@@ -7,7 +7,7 @@ Talwalkar, 2016). Every epoch and every result is on disk before the next one st
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..data import Dataset
 from ..files import read_json
 from ..finetune import EpochRecord, TrainSettings, evaluate, teacher_logits, train
 from ..models import load_compressed, save_compressed
-from ..progress import progress_bar
+from ..progress import EpochsBar, OnBatch
 from ..reports import RunLog
 from .executor import Executor, LocalExecutor
 from .finetuning import CONTROL, EPOCHS_SUFFIX, AcceptanceRule, Finalist, Finetuning
@@ -53,25 +53,35 @@ def promote(records: list[Record], count: int, objective: str = "divergence") ->
 
 
 def split_trainer(
-    dense: nn.Module, dataset: Dataset, settings: TrainSettings, architecture: str, folder: Path
+    dense: nn.Module,
+    dataset: Dataset,
+    settings: TrainSettings,
+    architecture: str,
+    folder: Path,
+    *,
+    progress: bool = False,
 ) -> Trainer:
     """Trains on one of our data sets; the dense network's outputs are computed once, and kept in the folder.
 
     settings: their epochs are the most that a candidate gets; architecture: of the dense network.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    teacher = teacher_logits(dense, dataset, folder) if settings.distill_weight > 0 else None
+    teacher = None
+    if settings.distill_weight > 0:
+        teacher = teacher_logits(dense, dataset, folder, progress=progress)
     return _SplitTrainer(dataset, settings, architecture, teacher)
 
 
-def train_control(common: Finetuning, executor: Executor, log: RunLog) -> Record | None:
+def train_control(common: Finetuning, executor: Executor, log: RunLog, *, progress: bool = True) -> Record | None:
     """The dense network, trained as a candidate is: its record; None where that failed, which the log says.
 
     What the folder holds is not done again.
     """
     common.folder.mkdir(parents=True, exist_ok=True)
-    record = common.control()
-    [(_, found)] = executor.finetune_all(common, [record], None)
+    record, epochs = common.control(), common.trainer.epochs
+    with EpochsBar(epochs, CONTROL, shown=progress) as bar:
+        [(_, found)] = executor.finetune_all(replace(common, on_batch=bar.batch), [record], None)
+        bar.epochs(epochs)
     if "failed" in found:
         log.warning(f"{CONTROL}: failed, {found['failed']}; losses are counted from the dense network as it was")
         return None
@@ -99,11 +109,11 @@ def finetune_with(
     executor: who trains; None: this process, one candidate after the other.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    common, executor = Finetuning(screener, trainer, standard, folder), executor or LocalExecutor(screener)
+    executor = executor or LocalExecutor(screener)
     running = {record["trial"]: record for record in promoted}
     results: dict[str, Finalist] = {}
-    bar = progress_bar(total=len(promoted) * trainer.epochs, desc="fine-tuning", unit="epoch", shown=progress)
-    with bar:
+    with EpochsBar(len(promoted) * trainer.epochs, "fine-tuning", shown=progress) as bar:
+        common = Finetuning(screener, trainer, standard, folder, bar.batch)
         for epoch in range(1, trainer.epochs + 1):
             scores = {}
             for trial, found in executor.finetune_all(common, list(running.values()), epoch):
@@ -111,12 +121,11 @@ def finetune_with(
                     results[trial] = common.failed(running[trial], found["failed"])
                 else:
                     scores[trial] = found["score"]
-                bar.update()
-                bar.set_postfix_str(f"{trial}: validation {scores.get(trial, float('nan')):.4f}")
+                bar.epochs(said=f"{trial}: validation {scores.get(trial, float('nan')):.4f}")
             kept = _survivors(running, scores, last=epoch == trainer.epochs)
             for trial in sorted(set(scores) - set(kept)):
                 log.info(f"Gave up {trial} after epoch {epoch}: validation accuracy {scores[trial]:.4f}")
-            bar.total -= (len(running) - len(kept)) * (trainer.epochs - epoch)
+            bar.give_up((len(running) - len(kept)) * (trainer.epochs - epoch))
             running = {trial: running[trial] for trial in kept}
     for trial, found in executor.finetune_all(common, list(running.values()), None):
         failure = found.get("failed")
@@ -147,7 +156,9 @@ class _SplitTrainer:
     def facts(self) -> Mapping[str, Any]:
         return self.settings.recorded()
 
-    def train(self, model: nn.Module, checkpoint: Path, on_epoch: OnEpoch) -> list[EpochRecord]:
+    def train(
+        self, model: nn.Module, checkpoint: Path, on_epoch: OnEpoch, on_batch: OnBatch | None = None
+    ) -> list[EpochRecord]:
         history = train(
             model,
             self.dataset,
@@ -156,6 +167,7 @@ class _SplitTrainer:
             checkpoint=checkpoint,
             progress=False,
             on_epoch=on_epoch,
+            on_batch=on_batch,
         )
         return list(history.epochs)
 

@@ -212,7 +212,7 @@ class RayExecutor:
         if not records:
             return
         if not self._trainers:
-            shared = replace(common, folder=common.folder.resolve())
+            shared = replace(common, folder=common.folder.resolve(), on_batch=None)
             self._trainers = self._start(TrainingWorker, shared, self._storage, most=len(records))
             if self._storage is None:
                 self._check_folder(common.folder)

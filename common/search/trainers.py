@@ -29,6 +29,7 @@ from ..finetune import (
 from ..inputs import channels_last, like_model, pairs_of, run
 from ..models import load_compressed, save_compressed
 from ..modules import evaluating, laid_out
+from ..progress import OnBatch
 
 OnEpoch = Callable[[EpochRecord], bool | None]
 
@@ -39,7 +40,9 @@ class Trainer(Protocol):
     epochs: int
     facts: Mapping[str, Any]
 
-    def train(self, model: nn.Module, checkpoint: Path, on_epoch: OnEpoch) -> list[EpochRecord]:
+    def train(
+        self, model: nn.Module, checkpoint: Path, on_epoch: OnEpoch, on_batch: OnBatch | None = None
+    ) -> list[EpochRecord]:
         """Train in place, going on from the checkpoint if there is one; `on_epoch` may end it by False."""
 
     def test(self, model: nn.Module) -> float | None:
@@ -88,7 +91,9 @@ class BatchTrainer:
     def facts(self) -> Mapping[str, Any]:
         return self.settings.recorded()
 
-    def train(self, model: nn.Module, checkpoint: Path, on_epoch: OnEpoch) -> list[EpochRecord]:
+    def train(
+        self, model: nn.Module, checkpoint: Path, on_epoch: OnEpoch, on_batch: OnBatch | None = None
+    ) -> list[EpochRecord]:
         """
         Raises:
             TrainingDiverged: a NaN or infinite loss.
@@ -111,7 +116,7 @@ class BatchTrainer:
             for epoch in range(len(records), self.epochs):
                 torch.manual_seed(self.settings.seed * 10_007 + epoch)
                 started = time.perf_counter()
-                loss = self._epoch(model, optimizer, epoch, maps)
+                loss = self._epoch(model, optimizer, epoch, maps, on_batch)
                 value = self.validate(model)
                 records.append(EpochRecord(epoch + 1, loss, value, None, time.perf_counter() - started))
                 state.save(checkpoint, [asdict(one) for one in records])
@@ -120,7 +125,14 @@ class BatchTrainer:
         model.eval()
         return records
 
-    def _epoch(self, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, maps: FeatureMaps) -> float:
+    def _epoch(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        epoch: int,
+        maps: FeatureMaps,
+        on_batch: OnBatch | None,
+    ) -> float:
         batches, steps = self._batches(epoch)
         losses: list[float] = []
         model.train()
@@ -141,6 +153,8 @@ class BatchTrainer:
                 nn.utils.clip_grad_norm_(model.parameters(), self.settings.clip_norm)
             optimizer.step()
             losses.append(float(loss.detach()))
+            if on_batch is not None and steps:
+                on_batch(1 / steps)
         if not losses:
             raise ValueError(
                 "train: the data yielded no batch in this epoch: give a DataLoader or a list, not a generator"
@@ -202,7 +216,9 @@ class CallbackTrainer(BatchTrainer):
     def facts(self) -> Mapping[str, Any]:
         return {"epochs": self.settings.epochs, "finetune": getattr(self.finetune, "__name__", "own function")}
 
-    def train(self, model: nn.Module, checkpoint: Path, on_epoch: OnEpoch) -> list[EpochRecord]:
+    def train(
+        self, model: nn.Module, checkpoint: Path, on_epoch: OnEpoch, on_batch: OnBatch | None = None
+    ) -> list[EpochRecord]:
         """All epochs at once: they are the function's own affair, and so is resuming in their middle."""
         device = next(self.teacher.parameters()).device
         model.to(device)

@@ -5,7 +5,8 @@ import torch
 
 from common.finetune import TrainingDiverged, TrainSettings, evaluation
 from common.reports import RunLog
-from common.search import AcceptanceRule, finetune_with, promotion, split_trainer
+from common.search import AcceptanceRule, Finetuning, finetune_with, promotion, split_trainer, train_control
+from common.search.executor import LocalExecutor
 
 SETTINGS = TrainSettings(epochs=2, batch_size=64, learning_rate=0.01, distill_weight=0.5)
 
@@ -22,10 +23,10 @@ def without_time(record):
     return {key: value for key, value in record.items() if key != "finetune_seconds"}
 
 
-def run(promoted, screener, digits, folder):
+def run(promoted, screener, digits, folder, progress=False):
     trainer = split_trainer(screener.factors.model, digits, SETTINGS, "small", folder)
     with RunLog(folder / "run.log") as log:
-        return finetune_with(promoted, screener, trainer, AcceptanceRule(0.9, 0.02), folder, log, progress=False)
+        return finetune_with(promoted, screener, trainer, AcceptanceRule(0.9, 0.02), folder, log, progress=progress)
 
 
 def test_the_worse_half_of_each_budget_is_given_up(promoted, screener, digits, tmp_path, saved):
@@ -36,6 +37,26 @@ def test_the_worse_half_of_each_budget_is_given_up(promoted, screener, digits, t
     assert all(seconds > 0 for seconds in promotion.epoch_seconds(tmp_path))
     given_up = {"0.5-0", "0.5-1"} - {one.record["trial"] for one in finalists}
     assert f"Gave up {given_up.pop()} after epoch 1" in (tmp_path / "run.log").read_text()
+
+
+def test_progress_is_told_within_an_epoch_too(promoted, screener, digits, tmp_path, saved, monkeypatch):
+    """An epoch may take half an hour."""
+    shares = []
+    real = promotion.EpochsBar.batch
+    monkeypatch.setattr(promotion.EpochsBar, "batch", lambda bar, share: (shares.append(share), real(bar, share)))
+    run(promoted, screener, digits, tmp_path, progress=True)
+    assert len(shares) > 5
+    assert sum(shares) == pytest.approx(5)  # two survivors of two epochs, one given up after its first
+
+
+def test_the_controls_progress_is_told_likewise(screener, digits, tmp_path, monkeypatch):
+    trainer = split_trainer(screener.factors.model, digits, SETTINGS, "small", tmp_path)
+    common = Finetuning(screener, trainer, AcceptanceRule(0.9, 0.02), tmp_path)
+    shares = []
+    monkeypatch.setattr(promotion.EpochsBar, "batch", lambda _bar, share: shares.append(share))
+    with RunLog(tmp_path / "run.log") as log:
+        assert train_control(common, LocalExecutor(screener), log, progress=False)["epochs"] == 2
+    assert sum(shares) == pytest.approx(2)
 
 
 def test_interrupted_fine_tuning_resumes_to_the_same_weights(promoted, screener, digits, tmp_path, saved, monkeypatch):
