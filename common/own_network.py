@@ -64,6 +64,7 @@ class NetworkSettings(SearchKnobs):
     distill_weight: Annotated[float, Field(ge=0, le=1, description="a share in [0, 1]")] = 0.8
     feature_weight: Annotated[float, Field(ge=0, description="a number, 0 or more")] = 0.0
     augment: bool = True
+    max_batches_per_epoch: Annotated[int | None, Field(ge=1, description="at least 1 or None")] = None
 
     def __post_init__(self) -> None:
         for name in ("budgets", "leave_dense"):
@@ -135,8 +136,10 @@ def compress_network(
         details: kept in the files, such as {"classes": [...], "mean": [...], "std": [...]}.
         knobs: others of `NetworkSettings`: cost, candidates, sampler, sensitivity, promote, tolerance, learning_rate,
             distill_weight, feature_weight (of the dense network's feature maps in the training, see
-            `common.finetune.features`), augment (of our own splits; others are the loader's affair), latency_batch,
-            runtime, int8, generation, executor, address, workers, threads, storage, seed, layers, control.
+            `common.finetune.features`), augment (of our own splits; others are the loader's affair),
+            max_batches_per_epoch (of the training: where an epoch is long, or `train` a stream without end),
+            latency_batch, runtime, int8, generation, executor, address, workers, threads, storage, seed, layers,
+            control.
 
     Returns:
         the finished run: its table, its best network, its log.
@@ -147,6 +150,8 @@ def compress_network(
     """
     if speedup is not None and max_loss is not None:
         raise ValueError("speedup and max_loss are two targets: give one of them")
+    if finetune is not None and knobs.get("max_batches_per_epoch") is not None:
+        raise ValueError("max_batches_per_epoch is of our own training loop: finetune= decides by itself")
     dense = unwrapped(model)
     if speedup is not None:
         knobs.setdefault("cost", "latency")
@@ -330,6 +335,7 @@ class NetworkRun(Run):
             feature_weight=s.feature_weight,
             seed=s.seed,
             augment=s.augment,
+            max_batches_per_epoch=s.max_batches_per_epoch,
         )
         kind = BatchTrainer if self.task.finetune is None else CallbackTrainer
         trainer = kind(

@@ -1,6 +1,7 @@
 """One call on somebody's own network and data: it searches, keeps everything, resumes, and its files load again."""
 
 import copy
+import itertools
 import re
 import shutil
 
@@ -368,6 +369,33 @@ def test_a_shuffled_loader_gives_the_same_run_again(trained, loaders, tmp_path):
         run = compress_network(trained, shuffled, loaders[1], folder=tmp_path / name, budgets=(0.6,), epochs=1, **QUICK)
         found.append([(r["config"], r["divergence"]) for r in run.screen()] + [run.finetune()[0].record["accuracy"]])
     assert found[0] == found[1]
+
+
+class Endless:
+    """A stream of batches that never ends, as data that is read from elsewhere may be."""
+
+    def __init__(self, batches) -> None:
+        self.batches, self.read = batches, 0
+
+    def __iter__(self):
+        for batch in itertools.cycle(self.batches):
+            self.read += 1
+            yield batch
+
+
+def test_an_epoch_ends_where_it_is_told_to(trained, loaders, tmp_path):
+    stream = Endless(loaders[0])
+    knobs = {"budgets": (0.6,), "epochs": 2, "max_batches_per_epoch": 3, **QUICK}
+    run = compress_network(trained, stream, loaders[1], folder=tmp_path, **knobs)
+    (finalist,) = run.finetune()
+    assert finalist.record["epochs"] == 2
+    assert finalist.record["finetune"]["max_batches_per_epoch"] == 3
+    assert stream.read <= 2 * 3 + 4  # and what is calibrated on
+
+
+def test_an_own_training_loop_takes_no_limit_of_ours(trained, loaders, tmp_path):
+    with pytest.raises(ValueError, match="max_batches_per_epoch is of our own training loop"):
+        compress_network(trained, *loaders, folder=tmp_path, finetune=lambda *_: None, max_batches_per_epoch=3, **QUICK)
 
 
 @pytest.mark.parametrize("augment", [True, False])

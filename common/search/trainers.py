@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -163,12 +164,18 @@ class BatchTrainer:
 
     def _batches(self, epoch: int) -> tuple[Iterable[Any], int | None]:
         """The batches of an epoch, and how many there are, if that is known."""
-        if not isinstance(self.data, Split):
-            return self.data, len(self.data) if hasattr(self.data, "__len__") else None
-        settings, size = self.settings, min(self.settings.batch_size, len(self.data))
-        generator = torch.Generator().manual_seed(settings.seed * 10_007 + epoch)
-        batches = self.data.batches(size, generator=generator, augment=settings.augment, drop_last=True)
-        return batches, self.data.num_batches(size, drop_last=True)
+        settings = self.settings
+        if isinstance(self.data, Split):
+            size = min(settings.batch_size, len(self.data))
+            generator = torch.Generator().manual_seed(settings.seed * 10_007 + epoch)
+            batches = self.data.batches(size, generator=generator, augment=settings.augment, drop_last=True)
+            steps = self.data.num_batches(size, drop_last=True)
+        else:
+            batches, steps = self.data, len(self.data) if hasattr(self.data, "__len__") else None
+        if settings.max_batches_per_epoch is None:
+            return batches, steps
+        most = min(steps or settings.max_batches_per_epoch, settings.max_batches_per_epoch)
+        return islice(batches, most), most
 
     def _loss(self, model: nn.Module, inputs: Any, targets: Any) -> Tensor:
         inputs = channels_last(like_model(inputs, self.teacher))
@@ -181,7 +188,7 @@ class BatchTrainer:
         weight = self.settings.distill_weight
         if self.kind == "kl":
             from_teacher = distillation(output.float(), dense.float(), self.settings.distill_temperature)
-            own = self.loss or (lambda logits, labels: F.cross_entropy(logits.float(), labels))
+            own = self.loss or self._cross_entropy
         else:
             pairs = zip(output_tensors(output), output_tensors(dense), strict=True)
             from_teacher = sum(
@@ -191,6 +198,9 @@ class BatchTrainer:
         if own is None:
             return from_teacher
         return (1 - weight) * own(output, targets) + weight * from_teacher
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), labels, label_smoothing=self.settings.label_smoothing)
 
     def test(self, model: nn.Module) -> float | None:
         return None if self.score is None else float(self.score(model))
