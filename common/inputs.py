@@ -80,7 +80,7 @@ def pairs_of(given: Any, argument: str = "data") -> Iterator[tuple[Inputs, Any]]
     Raises:
         ValueError: a batch without targets, naming the argument.
     """
-    batches = given.batches(256) if hasattr(given, "batches") else given
+    batches = _of_split(given)
     if not isinstance(batches, Iterable):
         raise ValueError(f"{argument} must yield pairs of inputs and targets; got a {type(given).__name__}")
     for batch in batches:
@@ -90,6 +90,11 @@ def pairs_of(given: Any, argument: str = "data") -> Iterator[tuple[Inputs, Any]]
             yield inputs_of(batch, argument), batch[1]
         else:
             raise ValueError(f"{argument} must yield pairs of inputs and targets; got a {type(batch).__name__}")
+
+
+def _of_split(given: Any) -> Any:
+    """The batches of one of our splits; anything else as it is."""
+    return given.batches(256) if callable(getattr(given, "batches", None)) else given
 
 
 def inputs_of(batch: Any, argument: str = "images", *, several: bool = False) -> Inputs:
@@ -124,7 +129,7 @@ def batches_of(given: Batches, argument: str = "images") -> Iterator[Inputs]:
     Raises:
         ValueError: something that is neither inputs nor batches of them, naming the argument.
     """
-    given = given.batches(256) if hasattr(given, "batches") else given  # one of our splits
+    given = _of_split(given)
     if isinstance(given, tuple):
         yield inputs_of(given, argument, several=True)
     elif isinstance(given, Tensor | np.ndarray | Mapping):
