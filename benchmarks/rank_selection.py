@@ -6,7 +6,8 @@ A classic rule (uniform, energy, vbmf) looks at the weights' singular values and
 A sampler (policy, tpe, random, nsga2) proposes --evaluations of them, and the best when screened is taken. All are
 compressed with the same data-aware factors, reconstructed alike and fine-tuned alike. The ablation screens the policy's
 most probable configuration with one thing taken away at a time. All seeds share the baseline and its split; a seed
-decides the calibration images, the samplers' draws and the order of fine-tuning's batches.
+decides the calibration images, the samplers' draws and the order of fine-tuning's batches. The baseline is trained for
+three epochs where there is none, unless --weights names one that was trained for longer.
 
 Writes rows.json after every row and goes on where an interrupted run stopped; then the tables and the plot.
 """
@@ -14,6 +15,7 @@ Writes rows.json after every row and goes on where an interrupted run stopped; t
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -36,7 +38,15 @@ from common import data
 from common.compress import ModelFactors, factorize
 from common.configuration import Configuration
 from common.files import exclusive, write_text
-from common.finetune import TrainingDiverged, TrainSettings, baseline, evaluate, teacher_logits, train
+from common.finetune import (
+    TrainingDiverged,
+    TrainSettings,
+    baseline,
+    evaluate,
+    given_baseline,
+    teacher_logits,
+    train,
+)
 from common.presets import RunSettings
 from common.provenance import provenance
 from common.ranks import RULES, build_menus, meet_budget, worthwhile
@@ -82,7 +92,10 @@ class Bench:
         self.options, self.seed = options, seed
         # One split for every seed, the one that the baseline was trained on: it never saw what is validated on.
         self.dataset = data.load(options.dataset, image_size=options.image_size, train_limit=options.train_limit)
-        self.dense = baseline(options.model, self.dataset)
+        if options.weights is None:
+            self.dense = baseline(options.model, self.dataset)
+        else:
+            self.dense = given_baseline(options.model, self.dataset, options.weights)
         self.images = self.dataset.train.sample(min(options.calibration, len(self.dataset.train)), seed)
         self._factors: dict[str, ModelFactors] = {}
         self.menus = build_menus(self.factors("both"))
@@ -253,6 +266,8 @@ def known_rows(path: Path, options: argparse.Namespace) -> dict[str, Any]:
     """
     names = ("model", "dataset", "image_size", "train_limit", "evaluations", "batches", "calibration", "screen")
     asked = {name: getattr(options, name) for name in names}
+    if options.weights is not None:  # left out where it changes nothing: rows of before go on
+        asked["weights"] = hashlib.sha256(Path(options.weights).read_bytes()).hexdigest()[:16]
     if not path.exists():
         return {"asked": asked, "provenance": [], "rows": []}
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -270,6 +285,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--dataset", default="mnist", help="default: mnist")
     parser.add_argument("--image-size", type=int, default=32, metavar="PIXELS")
+    parser.add_argument("--weights", metavar="PATH", help="checkpoint of a trained baseline; default: train one")
     parser.add_argument("--train-limit", type=int, metavar="IMAGES", help="use a stratified subset for fine-tuning")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.30, 0.15, 0.08], help="shares of dense FLOPs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -1,6 +1,7 @@
 """The comparison of rank rules: rows in, table, correlations and hypervolume out; and one small run of it."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -81,6 +82,11 @@ def test_a_small_comparison_runs_and_does_nothing_twice(tmp_path, monkeypatch):
     assert all(row["flops_kept"] <= 0.3 for row in content["rows"] if row["table"] == "rules")
     assert {row["name"] for row in content["rows"] if row["table"] == "ablation"} == set(rank_selection.ABLATIONS)
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"accuracy.png", "screening.png"}
+    (checkpoint,) = Path("finetuned/saved_models").glob("*.safetensors")
+    given = [*command, "--weights", str(checkpoint)]
+    taken = rank_selection.Bench(rank_selection._parser().parse_args(given), 0).dense
+    assert (taken.trained_now, taken.test_accuracy) == (False, content["dense_test"])
+    assert rank_selection.main(given) == 2  # rows of a baseline that was trained here are not of a given one
     monkeypatch.setattr(rank_selection, "Bench", None)  # of what is there, nothing is made ready either
     assert rank_selection.main(command) == 0
     assert json.loads((tmp_path / "out" / "rows.json").read_text())["rows"] == content["rows"]
