@@ -74,6 +74,7 @@ def _run(options: argparse.Namespace) -> int:
         tolerance=options.max_loss,
         control=options.control,
         feature_weight=options.feature_weight,
+        calibration_passes=options.calibration_passes,
         augment=options.augment,
         leave_dense=options.leave_dense,
         seed=options.seed,
@@ -184,6 +185,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--candidates", type=int, default=34, help="screened per budget (default: 34)")
     parser.add_argument("--promote", type=int, default=1, help="fine-tuned per budget (default: 1)")
     parser.add_argument("--calibration-images", type=int, default=CALIBRATION_IMAGES, help="default: %(default)s")
+    parser.add_argument(
+        "--calibration-passes",
+        type=int,
+        default=0,
+        metavar="PASSES",
+        help="with --epochs 0: tune finalists on the calibration images, without labels, such as 8 (default: 0)",
+    )
     parser.add_argument("--screen-images", type=int, default=1000)
     parser.add_argument("--latency-batch", type=int, default=16)
     parser.add_argument("--runtime", default="onnxruntime", help="onnxruntime, openvino or torch")

@@ -8,7 +8,8 @@ configurations per budget and the one of least divergence on validation images i
 once for each row. The checkpoints were trained on all training images, so that validation accuracy flatters them;
 divergence from the dense outputs ranks candidates all the same. With --epochs, all are fine-tuned alike, distilled
 from the dense one on augmented images, by its outputs and by the feature maps of its blocks where theirs have the same
-shape; the dense network trained on as long is a row of its own.
+shape; the dense network trained on as long is a row of its own. With --passes, networks without training are tuned
+alike on the calibration images, without labels.
 
 Writes rows.json after every row, and goes on where it was; then table.md.
 """
@@ -24,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tabulate import tabulate
@@ -49,11 +51,14 @@ from common.provenance import provenance
 from common.ranks import build_menus, meet_budget
 from common.reports import mean_and_deviation, seeds_behind
 from common.search import (
+    CalibrationPasses,
+    CalibrationTrainer,
     CandidateFailed,
     Screener,
     Search,
     SearchSettings,
     blended_sensitivity,
+    for_tuning,
     measured_sensitivity,
     sensitivity_images,
 )
@@ -140,6 +145,8 @@ class Bench(Shapes):
         if epochs:
             recipe = replace(RECIPE, epochs=epochs, seed=self.seed, val_images=self.options.screen)
             train(network, self.dataset, recipe, teacher=self.model)
+        elif self.options.passes:
+            self.tune(network)
         seconds = time.perf_counter() - started
         return {
             "config_str": str(config),
@@ -151,6 +158,14 @@ class Bench(Shapes):
             "screened": tried,
             "seconds": seconds,
         }
+
+    def tune(self, network: nn.Module) -> None:
+        """Learn the dense network's maps and outputs on the calibration images alone."""
+        passes = CalibrationPasses(self.images, self.options.passes, self.seed)
+        settings, distance = for_tuning(replace(RECIPE, seed=self.seed)), self.screener.distance
+        trainer = CalibrationTrainer(self.model, passes, settings, "kl", distance, distance=distance)
+        with TemporaryDirectory() as folder:
+            trainer.train(network, Path(folder) / "state.pt", lambda done: None)
 
     def chosen(self, method: str, budget: float) -> tuple[nn.Module, Configuration, int]:
         """The network, its configuration, and how many were screened for it."""
@@ -205,7 +220,7 @@ def table(content: Mapping[str, Any]) -> str:
         ]
         heads = [f"{network}: points lost", *(f"{budget:.0%}" for budget in budgets)]
         parts.append(tabulate(lines, headers=heads, tablefmt="github", disable_numparse=True))
-        trained = f"{epochs} epochs of fine-tuning" if epochs else "No training"
+        trained = f"{epochs} epochs of fine-tuning" if epochs else _untrained(content["asked"])
         parts.append(
             f"Columns are shares of the dense FLOPs. {trained}. Dense: {dense:.4f} on test. {seeds_behind(rows)}"
         )
@@ -213,6 +228,13 @@ def table(content: Mapping[str, Any]) -> str:
     if content["provenance"].get("peers"):
         parts.append("Peers: " + ", ".join(f"{n} {v}" for n, v in content["provenance"]["peers"].items()) + ".")
     return "\n\n".join(parts)
+
+
+def _untrained(asked: Mapping[str, Any]) -> str:
+    if not asked.get("passes"):
+        return "No training"
+    images = f"{asked['calibration']:,} calibration images"
+    return f"No training data: tuned in {asked['passes']} passes over the {images}, without labels"
 
 
 def standard_of(content: Mapping[str, Any], network: str, epochs: int) -> float:
@@ -238,6 +260,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> dict[str, Any]:
     dataset = data.load(options.data, image_size=32, mean=MEAN, std=STD)
     asked = {name: getattr(options, name) for name in ("candidates", "calibration", "screen")}
+    if options.passes:  # left out where it changes nothing: rows of before go on
+        asked["passes"] = options.passes
     target = options.out / "rows.json"
     facts = provenance("cpu", 0) | {"peers": peers.versions()}
     content = resumed(target, {"asked": asked, "dense": {}, "rows": [], "provenance": facts})
@@ -286,6 +310,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, nargs="+", default=[0], help="of fine-tuning (default: 0, none)")
     parser.add_argument("--candidates", type=int, default=24, help="screened per budget by a sampler (default: 24)")
     parser.add_argument("--calibration", type=int, default=CALIBRATION_IMAGES, metavar="IMAGES")
+    parser.add_argument(
+        "--passes", type=int, default=0, help="over the calibration images, to tune what is not trained (default: 0)"
+    )
     parser.add_argument("--screen", type=int, default=1000, metavar="IMAGES")
     parser.add_argument("--out", type=Path, default=Path("results/published-networks"))
     return parser

@@ -33,6 +33,8 @@ from .reports import plots
 from .run import Run, step
 from .search import (
     BatchTrainer,
+    CalibrationPasses,
+    CalibrationTrainer,
     CallbackTrainer,
     Finalist,
     MenuCosts,
@@ -41,6 +43,7 @@ from .search import (
     Search,
     Trainer,
     configuration,
+    for_tuning,
 )
 from .take_home import Small
 
@@ -63,6 +66,7 @@ class NetworkSettings(SearchKnobs):
     learning_rate: Annotated[float, Field(gt=0, description="a positive number")] = 0.01
     distill_weight: Annotated[float, Field(ge=0, le=1, description="a share in [0, 1]")] = 0.8
     feature_weight: Annotated[float, Field(ge=0, description="a number, 0 or more")] = 0.0
+    calibration_passes: Annotated[int, Field(ge=0, le=10_000, description="a number of passes, 0 or more")] = 0
     augment: bool = True
     max_batches_per_epoch: Annotated[int | None, Field(ge=1, description="at least 1 or None")] = None
 
@@ -72,6 +76,13 @@ class NetworkSettings(SearchKnobs):
             object.__setattr__(self, name, tuple(value) if isinstance(value, list | tuple) else value)
         check_fields(self)
         self.check_int8()
+        if self.calibration_passes and self.finetune_epochs:
+            raise ValueError("calibration_passes is in place of epochs: give epochs=0 with it")
+
+    @property
+    def trains(self) -> bool:
+        """Whether finalists are changed after their fit."""
+        return self.finetune_epochs > 0 or self.calibration_passes > 0
 
     @property
     def name(self) -> str:
@@ -130,13 +141,15 @@ def compress_network(
         evaluate: model -> number, higher is better, in place of top-1 accuracy.
         finetune: (model, teacher, epochs) -> None, in place of our training loop.
         loss: (output, targets) -> scalar tensor, in place of cross-entropy.
-        epochs: of fine-tuning; 0 for no training at all.
+        epochs: of fine-tuning; 0 for no training at all, or, with `calibration_passes`, for none on the training data.
         leave_dense: names of layers that are not touched.
         calibration_images, screen_images: how many of `train` and of `val` are looked at.
         details: kept in the files, such as {"classes": [...], "mean": [...], "std": [...]}.
         knobs: others of `NetworkSettings`: cost, candidates, sampler, sensitivity, promote, tolerance, learning_rate,
             distill_weight, feature_weight (of the dense network's feature maps in the training, see
-            `common.finetune.features`), augment (of our own splits; others are the loader's affair),
+            `common.finetune.features`), calibration_passes (with epochs=0: over the calibration images alone, in which
+            finalists learn the dense network's maps and outputs, without labels, see `common.search.tuning`), augment
+            (of our own splits; others are the loader's affair),
             max_batches_per_epoch (of the training: where an epoch is long, or `train` a stream without end),
             latency_batch, runtime, int8, generation, executor, address, workers, threads, storage, seed, layers,
             control.
@@ -152,6 +165,8 @@ def compress_network(
         raise ValueError("speedup and max_loss are two targets: give one of them")
     if finetune is not None and knobs.get("max_batches_per_epoch") is not None:
         raise ValueError("max_batches_per_epoch is of our own training loop: finetune= decides by itself")
+    if finetune is not None and knobs.get("calibration_passes"):
+        raise ValueError("calibration_passes is of our own training loop: give it without finetune=")
     dense = unwrapped(model)
     if speedup is not None:
         knobs.setdefault("cost", "latency")
@@ -309,7 +324,7 @@ class NetworkRun(Run):
     @step
     def validate_dense(self) -> float | None:
         """Of what candidates are judged by: all of validation, or, where nothing is trained, what is screened."""
-        if not self.settings.finetune_epochs:
+        if not self.settings.trains:
             return self.make_screener().score_of(self.task.model)
         if self.task.test is None:
             return self.dense_score()  # of validation too
@@ -324,7 +339,7 @@ class NetworkRun(Run):
 
     @step
     def make_trainer(self) -> Trainer:
-        """Trains on the user's batches, or by the user's own function."""
+        """Trains on the user's batches, by the user's own function, or on the calibration images alone."""
         s, screener = self.settings, self.make_screener()
         has_score = self.dense_score() is not None
         settings = TrainSettings(
@@ -337,19 +352,24 @@ class NetworkRun(Run):
             augment=s.augment,
             max_batches_per_epoch=s.max_batches_per_epoch,
         )
-        kind = BatchTrainer if self.task.finetune is None else CallbackTrainer
+        kind, batches, more = BatchTrainer, self.task.train, {}
+        if s.calibration_passes:
+            kind, settings, more = CalibrationTrainer, for_tuning(settings), {"distance": screener.distance}
+            batches = CalibrationPasses(self.draw_calibration(), s.calibration_passes, s.seed)
+        elif self.task.finetune is not None:
+            kind, more = CallbackTrainer, {"finetune": self.task.finetune}
         trainer = kind(
             self.task.model,
-            self.task.train,
+            batches,
             settings,
             screener.kind,
             Validation(Judge(self.task.val, self.task.evaluate), screener),
             score=self._final_judge if has_score else None,
             loss=self.task.loss,
             details=self.task.details,
-            **({} if self.task.finetune is None else {"finetune": self.task.finetune}),
+            **more,
         )
-        return trainer if s.finetune_epochs else replace(trainer, untrained=True)
+        return trainer if s.trains else replace(trainer, untrained=True)
 
     def header(self) -> dict[str, Any]:
         shapes = [list(leaf.shape[1:]) for leaf in tree_leaves(self.draw_calibration())]

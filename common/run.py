@@ -310,7 +310,7 @@ class Run(ABC):
         """What the search has cost so far; see `common.search.clock.search_seconds`."""
         s = self.settings
         return search_seconds(
-            self._clock.seconds(), self.screen(), epoch_seconds(s.state_folder), most_epochs=s.finetune_epochs
+            self._clock.seconds(), self.screen(), epoch_seconds(s.state_folder), most_epochs=self.make_trainer().epochs
         )
 
     @step

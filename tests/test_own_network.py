@@ -159,6 +159,35 @@ def test_no_training_at_all(trained, loaders, tmp_path):
     assert run.best().record["accuracy"] is not None
 
 
+def test_tuning_on_calibration_images_looks_at_no_label(trained, loaders, tmp_path):
+    wrong = [(images, labels.flip(0)) for images, labels in loaders[0]]
+    found = []
+    for name, data in (("right", loaders[0]), ("wrong", wrong)):
+        run = compress_network(
+            trained, data, loaders[1], budgets=(0.1,), folder=tmp_path / name, epochs=0, calibration_passes=6, **QUICK
+        )
+        (finalist,) = run.finetune()
+        found.append(finalist.load())
+        record = finalist.record
+        assert (record["epochs"], record["finetune"]["calibration_passes"]) == (0, 6)
+        assert record["val_accuracy"] == record["accuracy"]  # both of all validation data, after the tuning
+        untuned = run.make_screener().build(record["config"])
+        assert run.make_screener().distance(found[-1]) < run.make_screener().distance(untuned)
+    states = [model.state_dict() for model in found]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_tuning_needs_no_metric(halves, tmp_path):
+    model, batches = halves
+    options = {"budgets": (0.6,), "epochs": 0, "calibration_passes": 3, **QUICK}
+    run = compress_network(model, batches, batches[:2], folder=tmp_path, **options)
+    (finalist,) = run.finetune()
+    assert finalist.record["accuracy"] is None
+    assert finalist.record["finetune"]["calibration_passes"] == 3
+    # The network and its images are random: if nothing is gained, it is as it was fitted.
+    assert run.make_screener().distance(finalist.load()) <= finalist.record["divergence"] * (1 + 1e-6)
+
+
 def test_a_control_is_trained_where_it_is_asked_for(trained, loaders, tmp_path):
     run = compress_network(trained, *loaders, budgets=(0.6,), folder=tmp_path, epochs=1, control=True, **QUICK)
     assert list(run.table().index[:2]) == ["dense", CONTROL]
@@ -263,6 +292,8 @@ def test_own_measure_loss_and_training_loop(halves, tmp_path):
     options = {"budgets": (0.6,), "evaluate": evaluate, "tolerance": 0.99, **QUICK}
     run = compress_network(model, batches, batches, folder=tmp_path / "a", epochs=2, finetune=finetune, **options)
     assert called == [2]
+    seconds = run.search_seconds()  # all epochs at once are one training, and not one per epoch
+    assert seconds["exhaustive"] == pytest.approx(seconds["factorize"] + len(run.screen()) * seconds["finetune"])
     table = run.table()
     assert table["validation score"].iloc[0] == 0
     assert table["validation score"].iloc[1] < 0
@@ -286,6 +317,9 @@ def test_own_measure_loss_and_training_loop(halves, tmp_path):
         ({"budgets": (2,)}, "budgets must be shares of the dense cost"),
         ({"budgets": "much"}, "budgets"),
         ({"sampler": "tree"}, "sampler must be one of policy, tpe, random, nsga2; got 'tree'"),
+        ({"calibration_passes": 4}, "calibration_passes is in place of epochs: give epochs=0 with it"),
+        ({"calibration_passes": -1, "epochs": 0}, "calibration_passes must be a number of passes, 0 or more"),
+        ({"calibration_passes": 1, "epochs": 0, "finetune": print}, "give it without finetune="),
         ({"epochs": -1}, "finetune_epochs must be a number of epochs, 0 or more"),
         ({"speedup": 0.5}, "speedup must be a number above 1"),
         ({"candidate": 3}, "unknown knob 'candidate'"),

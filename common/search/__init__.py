@@ -25,6 +25,7 @@ from .sensitivity import (
 )
 from .study import GENERATION, Search, SearchSettings
 from .trainers import BatchTrainer, CallbackTrainer, Trainer
+from .tuning import CalibrationPasses, CalibrationTrainer, for_tuning
 
 __all__ = [
     "CONTROL",
@@ -35,6 +36,8 @@ __all__ = [
     "UPDATE_RATE",
     "AcceptanceRule",
     "BatchTrainer",
+    "CalibrationPasses",
+    "CalibrationTrainer",
     "CallbackTrainer",
     "CandidateFailed",
     "Executor",
@@ -57,6 +60,7 @@ __all__ = [
     "configuration",
     "epoch_seconds",
     "finetune_with",
+    "for_tuning",
     "kind_for",
     "make_sampler",
     "measured_sensitivity",

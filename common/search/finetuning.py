@@ -179,7 +179,8 @@ class _CandidateRun:
             "status": "fine-tuned",
             "screened_accuracy": self.record["val_accuracy"],
             "val_accuracy": judged,
-            "epochs": len(epochs),
+            # Passes over calibration images are no epochs of the training data.
+            "epochs": 0 if "calibration_passes" in trainer.facts else len(epochs),
             "finetune_seconds": sum(one["seconds"] for one in epochs),
             "finetune": dict(trainer.facts),
         }

@@ -67,7 +67,7 @@ class BatchTrainer:
             anything else they are the data's own affair.
         kind: of the outputs, see `common.search.divergence`: logits are distilled by KL, others by squared error.
         loss: (output, targets) -> scalar, in place of cross-entropy; without it, outputs that are no logits are
-            trained on the teacher's alone.
+            trained on the teacher's alone. With a distill_weight of 1 all are, and nobody looks at the targets.
         validate: model -> number, after each epoch; higher is better.
         score: model -> number, the final score; None where there is no metric.
         details: kept in the files of finished networks.
@@ -195,7 +195,7 @@ class BatchTrainer:
                 F.mse_loss(a.float(), b.float()) / b.float().square().mean().clamp_min(1e-12) for a, b in pairs
             )
             own = self.loss
-        if own is None:
+        if own is None or weight == 1:
             return from_teacher
         return (1 - weight) * own(output, targets) + weight * from_teacher
 

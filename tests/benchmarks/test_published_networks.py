@@ -40,6 +40,18 @@ def test_every_method_has_a_row_per_number_of_epochs_and_keeps_its_budget_and_ra
     assert "1 epochs of fine-tuning." in text
 
 
+def test_what_is_not_trained_may_be_tuned_on_the_calibration_images(finished, tmp_path):
+    arguments = [*finished[0], "--epochs", "0", "--methods", "uniform", "--passes", "2", "--out", str(tmp_path)]
+    assert published_networks.main(arguments) == 0
+    (tuned,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    rows = json.loads((finished[1] / "rows.json").read_text())["rows"]
+    (untuned,) = [row for row in rows if (row["method"], row["epochs"]) == ("uniform", 0)]
+    assert tuned["config_str"] == untuned["config_str"]
+    assert tuned["divergence"] <= untuned["divergence"]
+    assert "tuned in 2 passes over the 64 calibration images" in (tmp_path / "table.md").read_text()
+    assert published_networks.main([*arguments, "--passes", "3"]) == 2  # rows of other settings
+
+
 def test_a_finished_run_does_nothing_again_and_other_settings_are_refused(finished, monkeypatch, capsys):
     arguments, out = finished
     content = json.loads((out / "rows.json").read_text())
