@@ -77,6 +77,10 @@ RECIPE = TrainSettings(
 among 0, 10 and 100 by the divergence from the dense outputs on validation."""
 
 
+TUNING = for_tuning(TrainSettings(learning_rate=0.01, weight_decay=1e-4))
+"""How networks without training are tuned, of every method alike: as `compress_network` does it by itself."""
+
+
 class Shapes:
     """A network's factors, and the networks of the layers that rows have: not fitted, not trained."""
 
@@ -162,7 +166,7 @@ class Bench(Shapes):
     def tune(self, network: nn.Module) -> None:
         """Learn the dense network's maps and outputs on the calibration images alone."""
         passes = CalibrationPasses(self.images, self.options.passes, self.seed)
-        settings, distance = for_tuning(replace(RECIPE, seed=self.seed)), self.screener.distance
+        settings, distance = replace(TUNING, seed=self.seed), self.screener.distance
         trainer = CalibrationTrainer(self.model, passes, settings, "kl", distance, distance=distance)
         with TemporaryDirectory() as folder:
             trainer.train(network, Path(folder) / "state.pt", lambda done: None)
