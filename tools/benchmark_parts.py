@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tabulate import tabulate
@@ -28,32 +28,37 @@ def fine_tuned(content: Mapping[str, Any]) -> str:
     return f"{table}\n\nDense: {content['dense_test']:.4f}. Mean ± standard deviation of {seeds} seeds."
 
 
-def beside_others(content: Mapping[str, Any], network: str) -> str:
-    """Points lost on one published network: a line per method, a column per budget, without training and with."""
+def beside_others(content: Mapping[str, Any], network: str, tuned: Sequence[Mapping[str, Any]] = ()) -> str:
+    """Points lost on one published network: a line per method, a column per budget, without training and with.
+
+    tuned: rows of networks that were tuned on the calibration images alone.
+    """
     own = [row for row in content["rows"] if row["network"] == network and "test_accuracy" in row]
     dense, rows = content["dense"][network], [row for row in own if row["budget"] < 1]
     controls = [row["test_accuracy"] for row in own if row["budget"] == 1]
     trained = max(dense, statistics.mean(controls)) if controls else dense
-    columns = sorted({(row["epochs"], row["budget"]) for row in rows}, key=lambda column: (column[0], -column[1]))
+    groups: dict[str, list[Mapping[str, Any]]] = {"untrained": [], "tuned": [*tuned]}
+    for row in sorted(rows, key=lambda row: row["epochs"]):
+        groups.setdefault(f"{row['epochs']} epochs" if row["epochs"] else "untrained", []).append(row)
+    columns = [
+        (label, budget)
+        for label, group in groups.items()
+        for budget in sorted({row["budget"] for row in group}, reverse=True)
+    ]
 
-    def cell(method: str, epochs: int, budget: float) -> str:
-        key = (method, epochs, budget)
-        reference = trained if epochs else dense
-        lost = [
-            100 * (reference - row["test_accuracy"])
-            for row in rows
-            if (row["method"], row["epochs"], row["budget"]) == key
-        ]
+    def cell(method: str, label: str, budget: float) -> str:
+        group = [row for row in groups[label] if (row["method"], row["budget"]) == (method, budget)]
+        lost = [100 * ((trained if row["epochs"] else dense) - row["test_accuracy"]) for row in group]
         # Channels and ranks that were chosen without data wait for their training: what they lose before says nothing.
-        hopeless = lost and not epochs and statistics.mean(lost) > HOPELESS
+        hopeless = lost and label == "untrained" and statistics.mean(lost) > HOPELESS
         return "-" if hopeless else mean_and_deviation(lost)
 
     methods = dict.fromkeys(row["method"] for row in rows)
     lines = [[method, *(cell(method, *column) for column in columns)] for method in methods]
-    heads = [f"{budget:.0%}, {f'{epochs} epochs' if epochs else 'untrained'}" for epochs, budget in columns]
+    heads = [f"{budget:.0%}, {label}" for label, budget in columns]
     table = tabulate(lines, headers=["points lost", *heads], tablefmt="github", disable_numparse=True)
     trained_on = f", trained on as long {statistics.mean(controls):.4f}" if controls else ""
-    return f"{table}\n\nDense: {dense:.4f}{trained_on}. Lower is better. {seeds_behind(rows)}"
+    return f"{table}\n\nDense: {dense:.4f}{trained_on}. Lower is better. {seeds_behind([*rows, *tuned])}"
 
 
 def published_on_cifar10(published: Mapping[str, Any]) -> str:

@@ -96,7 +96,9 @@ def sections(results: Path) -> Mapping[str, Callable[[], str]]:
         "published": lambda: run_parts.against_published(runs, published),
         "published-cifar10": lambda: benchmark_parts.published_on_cifar10(published),
         "beside-others": lambda: benchmark_parts.beside_others(
-            documents.read_json(results / "published-networks" / "rows.json"), "ResNet-20"
+            documents.read_json(results / "published-networks" / "rows.json"),
+            "ResNet-20",
+            documents.read_json(results / "published-networks-tuned" / "rows.json")["rows"],
         ),
         "origin": lambda: run_parts.origin(runs),
         "seeds": lambda: run_parts.seeds(runs),

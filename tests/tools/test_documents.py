@@ -166,6 +166,11 @@ def test_methods_on_a_published_network_stand_beside_each_other():
     assert lines[0] == ["points lost", "50%, untrained", "50%, 3 epochs", "30%, 3 epochs"]
     assert lines[2:] == [["ours", "3.00 ± 1.41", "1.50", "21.00"], ["pruning", "-", "6.00", "-"]]
     assert "Dense: 0.9000, trained on as long 0.9100. Lower is better. ±: of 2 seeds, else of one." in text
+    tuned = [one("ours", 0.5, 0, 0.89)]
+    text = benchmark_parts.beside_others({"rows": rows, "dense": {"N": 0.9}}, "N", tuned)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert lines[0] == ["points lost", "50%, untrained", "50%, tuned", "50%, 3 epochs", "30%, 3 epochs"]
+    assert lines[2:] == [["ours", "3.00 ± 1.41", "1.00", "1.50", "21.00"], ["pruning", "-", "-", "6.00", "-"]]
 
 
 COMMAND = re.compile(r"`((?:python|papermill|make|\.venv/bin/\w+) [^`\n]+)`|^((?:python|make) .*)$", re.MULTILINE)
