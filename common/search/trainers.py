@@ -243,7 +243,3 @@ class CallbackTrainer(BatchTrainer):
         on_epoch(records[-1])
         model.eval()
         return records
-
-
-def _relative_error(output: Tensor, dense: Tensor) -> Tensor:
-    return F.mse_loss(output, dense) / dense.square().mean().clamp_min(1e-12)
