@@ -148,8 +148,9 @@ def compress_network(
         knobs: others of `NetworkSettings`: cost, candidates, sampler, sensitivity, promote, tolerance, learning_rate,
             distill_weight, feature_weight (of the dense network's feature maps in the training, see
             `common.finetune.features`), calibration_passes (with epochs=0: over the calibration images alone, in which
-            finalists learn the dense network's maps and outputs, without labels, see `common.search.tuning`), augment
-            (of our own splits; others are the loader's affair),
+            finalists learn the dense network's maps and outputs, without labels, see `common.search.tuning`; `loss`,
+            distill_weight, augment and max_batches_per_epoch have no part in it), augment (of our own splits; others
+            are the loader's affair),
             max_batches_per_epoch (of the training: where an epoch is long, or `train` a stream without end),
             latency_batch, runtime, int8, generation, executor, address, workers, threads, storage, seed, layers,
             control.

@@ -179,8 +179,7 @@ class _CandidateRun:
             "status": "fine-tuned",
             "screened_accuracy": self.record["val_accuracy"],
             "val_accuracy": judged,
-            # Passes over calibration images are no epochs of the training data.
-            "epochs": 0 if "calibration_passes" in trainer.facts else len(epochs),
+            "epochs": len(epochs) if trainer.on_training_data else 0,
             "finetune_seconds": sum(one["seconds"] for one in epochs),
             "finetune": dict(trainer.facts),
         }

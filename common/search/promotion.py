@@ -148,6 +148,8 @@ class _SplitTrainer:
     architecture: str
     teacher: Tensor | None
 
+    on_training_data = True
+
     @property
     def epochs(self) -> int:
         return self.settings.epochs

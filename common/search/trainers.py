@@ -36,8 +36,13 @@ OnEpoch = Callable[[EpochRecord], bool | None]
 
 
 class Trainer(Protocol):
-    """What fine-tuning asks of a task."""
+    """What fine-tuning asks of a task.
 
+    Attributes:
+        on_training_data: False where epochs are passes over something else, which a record does not count as epochs.
+    """
+
+    on_training_data: bool
     epochs: int
     facts: Mapping[str, Any]
 
@@ -83,6 +88,8 @@ class BatchTrainer:
     loss: Callable[[Any, Any], Tensor] | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
     untrained: bool = False
+
+    on_training_data = True
 
     @property
     def epochs(self) -> int:

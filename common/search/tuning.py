@@ -77,6 +77,8 @@ class CalibrationTrainer(BatchTrainer):
 
     distance: Callable[[nn.Module], float] = field(kw_only=True)
 
+    on_training_data = False
+
     @property
     def facts(self) -> Mapping[str, Any]:
         found = {"calibration_images": length(self.data.inputs), "calibration_passes": self.data.passes}
