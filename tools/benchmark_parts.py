@@ -13,6 +13,9 @@ from common.reports import mean_and_deviation, seeds_behind
 HOPELESS = 50
 """Points lost by which an untrained network is one that waits for its training."""
 
+TUNED = 0.5
+"""Among the numbers of epochs, that of networks tuned on calibration images: more than none, and not one yet."""
+
 
 def fine_tuned(content: Mapping[str, Any]) -> str:
     """Test accuracy after fine-tuning of each rank rule at each budget: mean and spread over the seeds."""
@@ -33,32 +36,32 @@ def beside_others(content: Mapping[str, Any], network: str, tuned: Sequence[Mapp
 
     tuned: rows of networks that were tuned on the calibration images alone.
     """
-    own = [row for row in content["rows"] if row["network"] == network and "test_accuracy" in row]
+    every = [*content["rows"], *({**row, "epochs": TUNED} for row in tuned)]
+    own = [row for row in every if row["network"] == network and "test_accuracy" in row]
     dense, rows = content["dense"][network], [row for row in own if row["budget"] < 1]
     controls = [row["test_accuracy"] for row in own if row["budget"] == 1]
     trained = max(dense, statistics.mean(controls)) if controls else dense
-    groups: dict[str, list[Mapping[str, Any]]] = {"untrained": [], "tuned": [*tuned]}
-    for row in sorted(rows, key=lambda row: row["epochs"]):
-        groups.setdefault(f"{row['epochs']} epochs" if row["epochs"] else "untrained", []).append(row)
-    columns = [
-        (label, budget)
-        for label, group in groups.items()
-        for budget in sorted({row["budget"] for row in group}, reverse=True)
-    ]
+    columns = sorted({(row["epochs"], row["budget"]) for row in rows}, key=lambda column: (column[0], -column[1]))
 
-    def cell(method: str, label: str, budget: float) -> str:
-        group = [row for row in groups[label] if (row["method"], row["budget"]) == (method, budget)]
-        lost = [100 * ((trained if row["epochs"] else dense) - row["test_accuracy"]) for row in group]
+    def cell(method: str, epochs: float, budget: float) -> str:
+        key = (method, epochs, budget)
+        reference = trained if epochs >= 1 else dense
+        lost = [
+            100 * (reference - row["test_accuracy"])
+            for row in rows
+            if (row["method"], row["epochs"], row["budget"]) == key
+        ]
         # Channels and ranks that were chosen without data wait for their training: what they lose before says nothing.
-        hopeless = lost and label == "untrained" and statistics.mean(lost) > HOPELESS
+        hopeless = lost and not epochs and statistics.mean(lost) > HOPELESS
         return "-" if hopeless else mean_and_deviation(lost)
 
     methods = dict.fromkeys(row["method"] for row in rows)
     lines = [[method, *(cell(method, *column) for column in columns)] for method in methods]
-    heads = [f"{budget:.0%}, {label}" for label, budget in columns]
+    named = {0: "untrained", TUNED: "tuned"}
+    heads = [f"{budget:.0%}, {named.get(epochs, f'{epochs} epochs')}" for epochs, budget in columns]
     table = tabulate(lines, headers=["points lost", *heads], tablefmt="github", disable_numparse=True)
     trained_on = f", trained on as long {statistics.mean(controls):.4f}" if controls else ""
-    return f"{table}\n\nDense: {dense:.4f}{trained_on}. Lower is better. {seeds_behind([*rows, *tuned])}"
+    return f"{table}\n\nDense: {dense:.4f}{trained_on}. Lower is better. {seeds_behind(rows)}"
 
 
 def published_on_cifar10(published: Mapping[str, Any]) -> str:
